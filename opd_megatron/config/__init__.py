@@ -1,0 +1,30 @@
+"""What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
+
+from opd_megatron.config.overrides import all_keys, apply_overrides
+from opd_megatron.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ParallelLayout,
+    RolloutConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LossConfig",
+    "ParallelLayout",
+    "RolloutConfig",
+    "RunConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainingConfig",
+    "all_keys",
+    "apply_overrides",
+]

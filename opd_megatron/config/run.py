@@ -1,0 +1,266 @@
+"""What a run is: one frozen dataclass per concern, each checking its own values. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """How one model is spread over ranks; what is left of the world is data parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual", "context", "expert"):
+            size = getattr(self, name)
+            _require(size >= 1, f"layout.{name}={size} must be at least 1")
+        for name in ("virtual", "context", "expert"):
+            size = getattr(self, name)
+            _require(size == 1, f"layout.{name}={size} is not supported yet; leave it at 1 and use tensor and pipeline")
+        _require(not self.sequence or self.tensor > 1, f"layout.sequence=true needs layout.tensor > 1, got tensor={self.tensor}")
+
+    @property
+    def model_size(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+    def data_size(self, world_size: int) -> int:
+        """Return how many replicas fit, or say which product does not divide the world."""
+        size = self.model_size
+        if world_size % size:
+            usable = size * (world_size // size)
+            way_out = f"use {usable} ranks or change the layout" if usable else f"use at least {size} ranks or change the layout"
+            raise ValueError(f"world_size={world_size} is not a multiple of tensor*pipeline*context={size}; {way_out}")
+        return world_size // size
+
+    def describe(self) -> str:
+        """Return a short label, e.g. `TP2xPP2+SP`."""
+        return f"TP{self.tensor}xPP{self.pipeline}" + ("+SP" if self.sequence else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The model that writes and learns: a Hugging Face folder, or a Megatron checkpoint of this project."""
+
+    hf: str | None = None
+    checkpoint: str | None = None
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    # Megatron pads the vocabulary to a multiple of this times `layout.tensor`: tensor cores like 128, tiny models do not.
+    vocab_multiple: int = 128
+
+    def __post_init__(self) -> None:
+        _require(bool(self.hf) != bool(self.checkpoint), f"name the student once: student.hf={self.hf!r}, student.checkpoint={self.checkpoint!r}")
+        _require(self.vocab_multiple >= 1, f"student.vocab_multiple={self.vocab_multiple} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen model that scores. Its layout is its own."""
+
+    hf: str | None = None
+    checkpoint: str | None = None
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    placement: Literal["colocated"] = "colocated"
+    # At start, the student's own weights are scored through the teacher's path: the divergence must be 0.
+    self_test: bool = True
+
+    def __post_init__(self) -> None:
+        _require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}")
+        _require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where prompts come from. `prompts` is a .jsonl or .parquet path, `reasoning_gym:TASK`, or a Hugging Face dataset name."""
+
+    prompts: str
+    split: str = "train"
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    task_size: int = 20_000
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    batch_prompts: int = 64
+    max_prompt_tokens: int = 1024
+    # Prompts whose content hash falls into this share belong to evaluation and are never trained on.
+    holdout_fraction: float = 0.05
+    grader: Literal["auto", "reasoning_gym", "math_verify", "exact"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.prompts), "data.prompts is empty; name a .jsonl or .parquet file, reasoning_gym:TASK, or a Hugging Face dataset")
+        _require(self.batch_prompts >= 1, f"data.batch_prompts={self.batch_prompts} must be at least 1")
+        _require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
+        _require(self.task_size >= 1, f"data.task_size={self.task_size} must be at least 1")
+        _require(0 <= self.holdout_fraction < 1, f"data.holdout_fraction={self.holdout_fraction} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the student writes. `record` keeps every rollout in the run directory; `replay` names a run whose rollouts are used instead of sampling."""
+
+    max_response_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    samples_per_prompt: int = 1
+    # Sequences decoded together by one replica; bounds the KV cache.
+    batch_sequences: int = 256
+    record: bool = False
+    replay: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_response_tokens >= 1, f"rollout.max_response_tokens={self.max_response_tokens} must be at least 1")
+        _require(self.temperature >= 0, f"rollout.temperature={self.temperature} must not be negative; 0 is greedy")
+        _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
+        _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must not be negative; 0 keeps the whole vocabulary")
+        _require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt} must be at least 1")
+        _require(self.batch_sequences >= 1, f"rollout.batch_sequences={self.batch_sequences} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimized at every response position. `beta` is the teacher's weight in the JSD mixture (GKD)."""
+
+    kind: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    pointwise_clip: float | None = None
+    # Rows of the fused LM head computed at once; None lets the head choose.
+    chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.beta <= 1, f"loss.beta={self.beta} must be in [0, 1]")
+        _require(self.temperature > 0, f"loss.temperature={self.temperature} must be positive")
+        _require(self.pointwise_clip is None or self.pointwise_clip > 0, f"loss.pointwise_clip={self.pointwise_clip} must be positive, or null for none")
+        _require(self.chunk_tokens is None or self.chunk_tokens >= 1, f"loss.chunk_tokens={self.chunk_tokens} must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the student is updated. `opd` learns from the teacher on its own rollouts; `sft` from the reference answers."""
+
+    objective: Literal["opd", "sft"] = "opd"
+    steps: int = 100
+    micro_batch: int = 1
+    learning_rate: float = 1e-6
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    clip_grad: float = 1.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    # A step whose loss or gradient is not finite changes nothing; this many in a row end the run.
+    max_skipped_steps: int = 5
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"training.steps={self.steps} must be at least 1")
+        _require(self.micro_batch >= 1, f"training.micro_batch={self.micro_batch} must be at least 1")
+        _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, f"training.learning_rate={self.learning_rate} must be positive")
+        _require(
+            0 <= self.min_learning_rate <= self.learning_rate,
+            f"training.min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}",
+        )
+        _require(0 <= self.warmup_steps <= self.steps, f"training.warmup_steps={self.warmup_steps} must lie between 0 and steps={self.steps}")
+        _require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
+        _require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved; 0 saves only at the end and on a stop signal. `resume` continues a run directory."""
+
+    every_steps: int = 0
+    keep: int = 2
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps} must not be negative")
+        _require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Accuracy on held-out prompts before, during (`every_steps`, 0 for never) and after training.
+
+    `prompts` is how many held-out prompts of `data.prompts` are used, or a source of its own, named as `data.prompts` is.
+    """
+
+    every_steps: int = 0
+    prompts: int | str = 512
+    samples_per_prompt: int = 1
+    temperature: float = 0.0
+    max_response_tokens: int | None = None
+    # Also measure the teacher, once, so that accuracy can be read against it.
+    teacher: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps} must not be negative")
+        _require(not isinstance(self.prompts, int) or self.prompts >= 0, f"evaluation.prompts={self.prompts} must not be negative; 0 turns evaluation off")
+        _require(self.samples_per_prompt >= 1, f"evaluation.samples_per_prompt={self.samples_per_prompt} must be at least 1")
+        _require(self.temperature >= 0, f"evaluation.temperature={self.temperature} must not be negative; 0 is greedy")
+        _require(
+            self.samples_per_prompt == 1 or self.temperature > 0,
+            f"evaluation.samples_per_prompt={self.samples_per_prompt} greedy samples would all be equal; set evaluation.temperature",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One complete run. `world_size` is the number of ranks (GPUs) the recipe was written for."""
+
+    world_size: int = 1
+    seed: int = 1234
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    data: DataConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
+        if self.training.objective == "opd":
+            _require(self.teacher is not None, "training.objective=opd needs a teacher; set teacher.hf or teacher.checkpoint, or use training.objective=sft")
+            _require(self.rollout.temperature > 0 or bool(self.rollout.replay), "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature")
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.data.batch_prompts * (self.rollout.samples_per_prompt if self.training.objective == "opd" else 1)
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ValueError unless both layouts and the batch fit `world_size` ranks."""
+        for role, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is None:
+                continue
+            try:
+                data_size = model.layout.data_size(world_size)
+            except ValueError as error:
+                raise ValueError(f"{role}.layout: {error}") from None
+            if role == "student":
+                _require(
+                    self.num_sequences % (data_size * self.training.micro_batch) == 0,
+                    f"data.batch_prompts * rollout.samples_per_prompt = {self.num_sequences} sequences a step do not split evenly over "
+                    f"{data_size} data-parallel replicas x training.micro_batch={self.training.micro_batch}; change one of them",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the resolved configuration as plain JSON values."""
+        return asdict(self)
