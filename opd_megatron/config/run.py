@@ -76,8 +76,11 @@ class TeacherConfig:
     placement: Literal["colocated"] = "colocated"
     # At start, the student's own weights are scored through the teacher's path: the divergence must be 0.
     self_test: bool = True
+    # Sequences of similar length scored at once by one replica.
+    micro_batch: int = 8
 
     def __post_init__(self) -> None:
+        _require(self.micro_batch >= 1, f"teacher.micro_batch={self.micro_batch} must be at least 1")
         _require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}")
         _require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
 
@@ -175,7 +178,7 @@ class TrainingConfig:
             0 <= self.min_learning_rate <= self.learning_rate,
             f"training.min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}",
         )
-        _require(0 <= self.warmup_steps <= self.steps, f"training.warmup_steps={self.warmup_steps} must lie between 0 and steps={self.steps}")
+        _require(0 <= self.warmup_steps < self.steps, f"training.warmup_steps={self.warmup_steps} must be at least 0 and below steps={self.steps}")
         _require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
         _require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
 

@@ -1,0 +1,190 @@
+"""Prompts, tokenized once at start, in an order that depends on nothing but the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import islice
+from typing import Any, Literal
+
+import jinja2
+
+from opd_megatron.config.run import DataConfig
+from opd_megatron.data.rows import Row
+from opd_megatron.data.sources import read_rows
+
+Part = Literal["train", "evaluation", "all"]
+
+_ROWS_AT_ONCE = 512
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+_RESERVED_TEMPLATE_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt, tokenized. `index` is its position in its source: the stable id in seeds and records."""
+
+    index: int
+    messages: tuple[dict[str, str], ...]
+    ids: tuple[int, ...]
+    answer: str | None
+    target: str | None
+    entry: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """A fixed, ordered list of prompts."""
+
+    prompts: list[Prompt]
+    num_dropped_long: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a short hash of indices, messages, answers and targets, by which a resumed run notices replaced data.
+
+        Token ids stay out: some chat templates print today's date, and a run may resume tomorrow.
+        """
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(_canonical_json([prompt.index, prompt.messages, prompt.answer, prompt.target]) + b"\n")
+        return digest.hexdigest()[:16]
+
+    def batch(self, step: int, size: int, seed: int) -> list[Prompt]:
+        """Return positions [step * size, (step + 1) * size) of an endless stream of epochs, each a permutation drawn from (seed, epoch).
+
+        A pure function of its arguments: a resumed run needs no sampler state.
+        """
+        assert self.prompts
+        assert step >= 0
+        assert size >= 1
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, offset = divmod(position, len(self))
+            chosen.append(self.prompts[_epoch_order(len(self), seed, epoch)[offset]])
+        return chosen
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_prompts: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(num_prompts))
+    # Text seeds go through SHA-512, so neighbouring seeds and epochs are unrelated.
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+@dataclass
+class _Counts:
+    read: int = 0
+    other_part: int = 0
+    duplicates: int = 0
+    too_long: int = 0
+
+
+def load_prompts(data: DataConfig, tokenizer: Any, *, part: Part, limit: int | None = None) -> PromptSet:
+    """Return the prompts of one part of `data.prompts`, the first `limit` that qualify.
+
+    `train` and `evaluation` are told apart by a hash of the prompt's messages against `data.holdout_fraction`, so they share
+    no prompt even if the source repeats one; `all` does not split. `evaluation` holds each distinct prompt once. Prompts of more than
+    `data.max_prompt_tokens` tokens are dropped. A tokenizer without a chat template takes prompts that are bare strings, as they are and
+    with its own special tokens, and refuses message lists. ValueError if the source is unusable or nothing is left.
+    """
+    _check_template_kwargs(data.chat_template_kwargs)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} prompts must be at least 1")
+    counts = _Counts()
+    prompts: list[Prompt] = []
+    for row, ids in _tokenized(_rows_of_part(read_rows(data), part, data.holdout_fraction, counts), tokenizer, data.chat_template_kwargs):
+        if len(ids) > data.max_prompt_tokens:
+            counts.too_long += 1
+            continue
+        prompts.append(Prompt(index=row.index, messages=row.messages, ids=ids, answer=row.answer, target=row.target, entry=row.entry))
+        if len(prompts) == limit:
+            break
+    if not prompts:
+        raise ValueError(_nothing_left(data, part, counts))
+    return PromptSet(prompts=prompts, num_dropped_long=counts.too_long)
+
+
+def response_ids(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens of the prompt's target and the end of sequence, for supervised fine-tuning; ValueError without a target."""
+    if prompt.target is None:
+        raise ValueError(
+            f"prompt {prompt.index} ({prompt.messages[-1]['content']!r:.80}) has no text to learn from; supervised fine-tuning needs "
+            "a trailing assistant message, a `response`, or an answer under data.answer_key in every row"
+        )
+    return (*tokenizer(prompt.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+
+
+def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
+    reserved = sorted(set(kwargs) & set(_RESERVED_TEMPLATE_KWARGS))
+    if reserved:
+        raise ValueError(f"data.chat_template_kwargs must not set {', '.join(reserved)}: prompts are always rendered up to the generation prompt; remove it")
+
+
+def _rows_of_part(rows: Iterable[Row], part: Part, holdout_fraction: float, counts: _Counts) -> Iterator[Row]:
+    seen: set[bytes] = set()
+    for row in rows:
+        counts.read += 1
+        key = hashlib.blake2b(_canonical_json(row.messages), digest_size=16).digest()
+        held_out = int.from_bytes(key[:8], "big") < holdout_fraction * 2**64
+        if part != "all" and held_out != (part == "evaluation"):
+            counts.other_part += 1
+        elif part == "evaluation" and key in seen:
+            counts.duplicates += 1
+        else:
+            seen.add(key)
+            yield row
+
+
+def _tokenized(rows: Iterator[Row], tokenizer: Any, template_kwargs: Mapping[str, Any]) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    """Yield each row with its token ids; encoded many at once, which a fast tokenizer does in parallel."""
+    has_template = tokenizer.chat_template is not None
+    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+        texts = [_rendered(row, tokenizer, template_kwargs) if has_template else _plain_text(row) for row in chunk]
+        # A chat template writes its special tokens itself.
+        encoded = tokenizer(texts, add_special_tokens=not has_template)["input_ids"]
+        for row, ids in zip(chunk, encoded):
+            # A tokenizer that closes every text would have the student write after the end.
+            closed = not has_template and ids and ids[-1] == tokenizer.eos_token_id
+            yield row, tuple(ids[:-1] if closed else ids)
+
+
+def _rendered(row: Row, tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True, **template_kwargs)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{row.where}: the student's chat template refuses the messages ({error}); check their roles and data.chat_template_kwargs") from None
+
+
+def _plain_text(row: Row) -> str:
+    if not row.plain:
+        raise ValueError(
+            f"{row.where}: the prompt is a message list and the student's tokenizer has no chat template; use plain string prompts or add a chat template"
+        )
+    return row.messages[0]["content"]
+
+
+def _canonical_json(value: Any) -> bytes:
+    return _CANONICAL.encode(value).encode()
+
+
+def _nothing_left(data: DataConfig, part: Part, counts: _Counts) -> str:
+    read = f"data.prompts={data.prompts!r} leaves no prompt for {part}: {counts.read} rows read"
+    if counts.read == 0:
+        return f"{read}; the source is empty, name another"
+    dropped = (
+        f"{counts.too_long} longer than data.max_prompt_tokens={data.max_prompt_tokens}, "
+        f"{counts.other_part} belong to the other part (data.holdout_fraction={data.holdout_fraction})"
+    )
+    way_out = "raise data.max_prompt_tokens" if counts.too_long else "change data.holdout_fraction or give more data"
+    if part == "evaluation":
+        way_out += ", or name evaluation.prompts as a source of its own, or set evaluation.prompts=0"
+    return f"{read}, {dropped}; {way_out}"

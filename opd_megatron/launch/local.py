@@ -1,0 +1,101 @@
+"""Several ranks on one machine, with an exit code and a last line that tell the truth.
+
+torchrun starts the same processes, but turns every failure into exit code 1 under a traceback of its own, and waits 30 seconds for the
+survivors of a crash. Use either; this one keeps exit codes 2 and 75. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Survivors of a crash usually notice at once, by a closed connection; those that do not are ended.
+_GRACE_SECONDS = 10.0
+
+
+def launch_local(arguments: Sequence[str], num_processes: int) -> int:
+    """Run `python -m recipes.run ARGUMENTS` on `num_processes` ranks and return the exit code of the first that failed, else 0.
+
+    TERM and INT are passed on, so that the ranks can agree on a stop and save.
+    """
+    with tempfile.TemporaryDirectory(prefix="opd-ranks-") as folder:
+        cause_files = [Path(folder) / f"rank_{rank}.json" for rank in range(num_processes)]
+        children = _start(arguments, cause_files)
+        _pass_signals_on(children)
+        failed = _first_failure(children)
+        if failed is None:
+            return 0
+        _end_survivors(children)
+        return _report(failed, children[failed].returncode, cause_files[failed])
+
+
+def _start(arguments: Sequence[str], cause_files: Sequence[Path]) -> list[subprocess.Popen[bytes]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(cause_files))}
+    defaults = {"OMP_NUM_THREADS": "1", **os.environ}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "recipes.run", *arguments],
+            env={**defaults, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(cause)},
+        )
+        for rank, cause in enumerate(cause_files)
+    ]
+
+
+def _pass_signals_on(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    def forward(number: int, _frame: object) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, forward)
+    # A terminal sends INT to the whole group: the ranks have it already, and this process waits for them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Wait until a rank fails or all are done; return the first rank seen to fail, death by signal first."""
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
+            return min(failed, key=lambda rank: (codes[rank] > 0, rank))  # type: ignore[operator]
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _end_survivors(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _report(rank: int, code: int, cause_file: Path) -> int:
+    """Print the cause as the last line, unless the rank said it itself (mistakes and stops), and return the exit code."""
+    if code in (2, 75):
+        return code
+    if code < 0:
+        print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        return 128 - code
+    try:
+        message = json.loads(cause_file.read_text())["message"]["message"]
+    except (OSError, ValueError, KeyError):
+        message = f"exit code {code}"
+    print(f"error: rank {rank} failed: {message}", file=sys.stderr, flush=True)
+    return code

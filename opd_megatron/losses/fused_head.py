@@ -1,0 +1,308 @@
+# ruff: noqa: N815
+"""LM head and loss in one function: hidden states in, their gradient and the head's out, and never a [T, V] tensor.
+
+Shapes: T tokens, N tokens of one chunk, V vocabulary, W = this rank's slice of V, H / G = student / teacher hidden size.
+
+The gradient is computed in the forward, chunk by chunk, because the logits exist only then: four products per token instead of the six
+of a backward that recomputes them. It follows that token weights are inputs here, and that the backward can only scale by one number.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from opd_megatron.losses.divergences import Divergence, kl_from_moment, kl_moment, live_masses, require_temperature, shift_to_max_
+from opd_megatron.losses.head_products import add_head_gradient_, head_logits, hidden_gradient
+from opd_megatron.losses.vocab_parallel import (
+    ShardSoftmax,
+    VocabShard,
+    compute_dtype,
+    entropy,
+    local_ids,
+    picked_logp,
+    require_same,
+    token_chunks,
+    vocab_shard,
+)
+
+
+@dataclass(frozen=True)
+class FusedDivergence:
+    """Weighted sum of the tokens' losses, differentiable, with its weight total; and detached per-token values for every row, kept or not."""
+
+    loss_sum: torch.Tensor
+    weight_sum: torch.Tensor
+    divergence_T: torch.Tensor
+    student_entropy_T: torch.Tensor
+    sampled_logp_T: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Student entropy and both KL divergences of every token, in nats, detached. reverse = KL(student||teacher), forward = KL(teacher||student)."""
+
+    student_entropy_T: torch.Tensor
+    reverse_kl_T: torch.Tensor
+    forward_kl_T: torch.Tensor
+
+
+class ChunkLoss(NamedTuple):
+    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, and the gradient in the student's logits."""
+
+    value_N: torch.Tensor
+    entropy_N: torch.Tensor
+    picked_logp_N: torch.Tensor | None
+    grad_NW: torch.Tensor | None
+
+
+class ChunkObjective(Protocol):
+    """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits."""
+
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool) -> ChunkLoss: ...
+
+
+@dataclass(frozen=True)
+class _DivergenceObjective:
+    """Divergence from a teacher given by its hidden states and its head."""
+
+    teacher_hidden_TG: torch.Tensor
+    teacher_head_WG: torch.Tensor
+    divergence: Divergence
+    temperature: float
+    sampled_ids_T: torch.Tensor | None
+
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool) -> ChunkLoss:
+        teacher = _chunk_softmax(self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, student.logp_TW.dtype)
+        shift_to_max_(student, teacher, shard)
+        picked = () if self.sampled_ids_T is None else student.owned_logit(self.sampled_ids_T[rows], shard)
+        chunk, sums = self.divergence.evaluate_(student, teacher, shard, student.entropy_moment(), *picked)
+        mass_N, _, moment_N, *picked_N = sums
+        entropy_N = entropy(moment_N, mass_N)
+        logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
+        return ChunkLoss(chunk.value_T, entropy_N, logp_N, self.divergence.gradient(student, teacher, chunk) if with_gradient else None)
+
+
+@dataclass(frozen=True)
+class _CrossEntropyObjective:
+    """-log p of a given id."""
+
+    target_ids_T: torch.Tensor
+
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool) -> ChunkLoss:
+        target_ids_N = self.target_ids_T[rows]
+        student.shift_(*shard.max(student.local_max()))
+        mass_N, moment_N, logit_N, owners_N = shard.sum(student.mass(), student.entropy_moment(), *student.owned_logit(target_ids_N, shard))
+        logp_N = picked_logp(logit_N, owners_N, mass_N)
+        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, self._gradient(student, mass_N, target_ids_N, shard) if with_gradient else None)
+
+    @staticmethod
+    def _gradient(student: ShardSoftmax, mass_N: torch.Tensor, target_ids_N: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+        """Return p minus the one-hot target, of this rank's columns."""
+        grad_NW = student.prob_TW.div_(mass_N[:, None])
+        if shard.width:
+            local_N, owned_N = local_ids(target_ids_N, shard)
+            grad_NW.scatter_add_(1, local_N[:, None], -owned_N.to(grad_NW.dtype)[:, None])
+        return grad_NW
+
+
+class _FusedHead(torch.autograd.Function):
+    """Loss and gradients in one pass over chunks of tokens; the backward scales them by the upstream number and sends nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        head_WH: torch.Tensor,
+        weight_T: torch.Tensor,
+        objective: ChunkObjective,
+        shard: VocabShard,
+        temperature: float,
+        chunk_tokens: int | None,
+        grad_enabled: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        needs_hidden, needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        grad_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        grad_WH = torch.zeros_like(head_WH, dtype=weight_T.dtype) if needs_head else None
+        value_T, entropy_T, picked_logp_T = (torch.empty_like(weight_T) for _ in range(3))
+        for rows in token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens):
+            student = _chunk_softmax(hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype)
+            chunk = objective(student, rows, shard, needs_hidden or needs_head)
+            value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
+            if chunk.picked_logp_N is not None:
+                picked_logp_T[rows] = chunk.picked_logp_N
+            if chunk.grad_NW is not None:
+                chunk.grad_NW.mul_((weight_T[rows] / temperature)[:, None])
+                _add_gradients(chunk.grad_NW, rows, hidden_TH, head_WH, grad_TH, grad_WH)
+        ctx.save_for_backward(grad_TH, grad_WH)
+        ctx.head_dtype = head_WH.dtype
+        ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T)
+        # The loss of a dropped token may be anything, even NaN (a label outside the vocabulary): it is left out, not multiplied by 0.
+        return (weight_T * value_T).masked_fill_(weight_T == 0, 0).sum(), value_T, entropy_T, picked_logp_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_TH, grad_WH = ctx.saved_tensors
+        scaled_TH = None if grad_TH is None else (grad_TH * grad_sum).to(grad_TH.dtype)
+        scaled_WH = None if grad_WH is None else (grad_WH * grad_sum).to(ctx.head_dtype)
+        return scaled_TH, scaled_WH, *(None,) * 6
+
+
+def _add_gradients(
+    grad_NW: torch.Tensor,
+    rows: slice,
+    hidden_TH: torch.Tensor,
+    head_WH: torch.Tensor,
+    grad_TH: torch.Tensor | None,
+    grad_WH: torch.Tensor | None,
+) -> None:
+    """Write one chunk's gradient of the hidden states and add its gradient of the head, each where it is wanted."""
+    width = grad_NW.size(1)
+    if grad_TH is not None:
+        grad_TH[rows] = hidden_gradient(grad_NW, head_WH[:width])
+    if grad_WH is not None:
+        add_head_gradient_(grad_WH[:width], grad_NW, hidden_TH[rows])
+
+
+def fused_head_divergence(
+    student_hidden_TH: torch.Tensor,
+    student_head_WH: torch.Tensor,
+    teacher_hidden_TG: torch.Tensor,
+    teacher_head_WG: torch.Tensor,
+    *,
+    kind: str,
+    tp_group: dist.ProcessGroup | None = None,
+    token_weight_T: torch.Tensor | None = None,
+    beta: float = 0.5,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    pointwise_clip: float | None = None,
+    chunk_tokens: int | None = None,
+    sampled_ids_T: torch.Tensor | None = None,
+) -> FusedDivergence:
+    """Return sum_t weight_t divergence_t of two models given by hidden states and LM heads; the formulas are those of `divergences`.
+
+    All ranks of the group hold the same hidden states, the same T, and W rows of each head (Megatron pads the vocabulary so that W is equal).
+    **The gradient of `student_hidden_TH` is this rank's part only; the caller sums it over the group**, which Megatron's
+    `copy_to_tensor_model_parallel_region`, or its sequence-parallel gather, applied to the hidden states before this call, does in its backward.
+    The head's gradient is complete. Neither the teacher nor the weights get one.
+
+    Rows of weight 0 give no gradient and still get their divergence and entropy. With `sampled_ids_T`, `sampled_logp_T` is their log-probability
+    under the student at `temperature`, NaN for an id outside the vocabulary. `chunk_tokens` must be the same on all ranks; None fits CHUNK_BYTES.
+    Two collectives per chunk in the forward, three for jsd or a clip, none in the backward.
+    Raises ValueError for arguments that disagree, an unknown kind, a beta outside [0, 1] or a temperature that is not positive.
+    """
+    divergence = Divergence(kind=kind, beta=beta, pointwise_clip=pointwise_clip)
+    _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG, temperature)
+    objective = _DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
+    ids = {} if sampled_ids_T is None else {"sampled_ids_T": sampled_ids_T}
+    shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
+    return _fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids)
+
+
+def fused_head_cross_entropy(
+    student_hidden_TH: torch.Tensor,
+    student_head_WH: torch.Tensor,
+    target_ids_T: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    token_weight_T: torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> FusedDivergence:
+    """Return sum_t weight_t (-log p(target_t)) for supervised fine-tuning; `divergence_T` holds the cross entropy of every token.
+
+    As `fused_head_divergence` in everything else, two collectives per chunk. A target outside the vocabulary (an ignore label) has cross entropy
+    NaN, which is left out of the sum where its weight is 0.
+    """
+    _require_head("student", student_hidden_TH, student_head_WH)
+    shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
+    ids = {"target_ids_T": target_ids_T}
+    return _fused_head(student_hidden_TH, student_head_WH, _CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids)
+
+
+def _fused_head(
+    hidden_TH: torch.Tensor,
+    head_WH: torch.Tensor,
+    objective: ChunkObjective,
+    shard: VocabShard,
+    token_weight_T: torch.Tensor | None,
+    temperature: float,
+    chunk_tokens: int | None,
+    ids: dict[str, torch.Tensor],
+) -> FusedDivergence:
+    """Check the per-token arguments, run the objective and name its results; the log-probabilities of `ids`, when given, are among them."""
+    dtype = compute_dtype(hidden_TH)
+    weight_T = hidden_TH.new_ones(hidden_TH.size(0), dtype=dtype) if token_weight_T is None else token_weight_T.detach().to(dtype)
+    for name, tensor_T in {"token_weight_T": weight_T, **ids}.items():
+        require_same("shapes", name, tuple(tensor_T.shape), "the tokens of student_hidden_TH", (hidden_TH.size(0),))
+        require_same("devices", name, tensor_T.device, "student_hidden_TH", hidden_TH.device)
+    loss_sum, value_T, entropy_T, picked_logp_T = _FusedHead.apply(
+        hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled()
+    )
+    return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None)
+
+
+def token_statistics(
+    student_hidden_TH: torch.Tensor,
+    student_head_WH: torch.Tensor,
+    teacher_hidden_TG: torch.Tensor,
+    teacher_head_WG: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> TokenStatistics:
+    """Return entropy, reverse and forward KL of every token, without gradient: two collectives per chunk. Arguments as in `fused_head_divergence`."""
+    _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG, temperature)
+    shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
+    num_tokens, num_columns = student_hidden_TH.size(0), student_head_WH.size(0)
+    dtype = compute_dtype(student_hidden_TH)
+    statistics_3T = student_hidden_TH.new_empty((3, num_tokens), dtype=dtype)
+    with torch.no_grad():
+        for rows in token_chunks(num_tokens, num_columns, student_hidden_TH.device, chunk_tokens):
+            student = _chunk_softmax(student_hidden_TH[rows], student_head_WH, shard, temperature, dtype)
+            teacher = _chunk_softmax(teacher_hidden_TG[rows], teacher_head_WG, shard, temperature, dtype)
+            statistics_3T[:, rows] = torch.stack(_chunk_statistics(student, teacher, shard))
+    return TokenStatistics(*statistics_3T)
+
+
+def _chunk_statistics(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return entropy, reverse and forward KL of one chunk."""
+    shift_to_max_(student, teacher, shard)
+    moments = (student.entropy_moment(), kl_moment(student, teacher), kl_moment(teacher, student))
+    student_mass_N, teacher_mass_N, entropy_N, reverse_N, forward_N = shard.sum(student.mass(), teacher.mass(), *moments)
+    masses = live_masses(student_mass_N, teacher_mass_N)
+    return entropy(entropy_N, student_mass_N), kl_from_moment(reverse_N, *masses), kl_from_moment(forward_N, *masses[::-1])
+
+
+def _chunk_softmax(hidden_NH: torch.Tensor, head_WH: torch.Tensor, shard: VocabShard, temperature: float, dtype: torch.dtype) -> ShardSoftmax:
+    """Return the softmax, not started, of the real columns of one chunk's logits."""
+    logits_NW = head_logits(hidden_NH, head_WH[: shard.width], dtype)
+    return ShardSoftmax(logits_NW if temperature == 1 else logits_NW.div_(temperature))
+
+
+def _require_head(model: str, hidden_TH: torch.Tensor, head_WH: torch.Tensor) -> None:
+    """Raise ValueError unless hidden states and head of one model fit together."""
+    hidden, head = (f"{model}_hidden_TH", f"{model}_head_WH") if model == "student" else (f"{model}_hidden_TG", f"{model}_head_WG")
+    if hidden_TH.dim() != 2 or head_WH.dim() != 2:
+        raise ValueError(f"{hidden} and {head} must be matrices, not of shapes {tuple(hidden_TH.shape)} and {tuple(head_WH.shape)}")
+    require_same("hidden sizes", hidden, hidden_TH.size(1), head, head_WH.size(1))
+    require_same("dtypes", hidden, hidden_TH.dtype, head, head_WH.dtype)
+    require_same("devices", hidden, hidden_TH.device, head, head_WH.device)
+
+
+def _require_pair(
+    student_hidden_TH: torch.Tensor, student_head_WH: torch.Tensor, teacher_hidden_TG: torch.Tensor, teacher_head_WG: torch.Tensor, temperature: float
+) -> None:
+    """Raise ValueError unless two models given by hidden states and heads describe the same tokens and the same slice of the vocabulary."""
+    require_temperature(temperature)
+    _require_head("student", student_hidden_TH, student_head_WH)
+    _require_head("teacher", teacher_hidden_TG, teacher_head_WG)
+    require_same("token counts", "student_hidden_TH", student_hidden_TH.size(0), "teacher_hidden_TG", teacher_hidden_TG.size(0))
+    require_same("vocabulary slices", "student_head_WH", student_head_WH.size(0), "teacher_head_WG", teacher_head_WG.size(0))
+    require_same("devices", "student_hidden_TH", student_hidden_TH.device, "teacher_hidden_TG", teacher_hidden_TG.device)

@@ -1,0 +1,145 @@
+"""One chunk of tokens over a vocabulary split across tensor-parallel ranks: which columns are real, the collectives, the softmax.
+
+Shapes: T tokens (of one chunk or of all), V vocabulary, W = this rank's slice of V.
+Every value named `*_T` that comes out of `VocabShard.max` or `VocabShard.sum` is bit-identical on all ranks of the group.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# Size of one fp32 [chunk, W] tensor. A handful of them live at once. On CPU a chunk that stays near the caches beats a large one;
+# on an accelerator the products need a thousand rows or more, because every chunk reads the head and updates its gradient once.
+CHUNK_BYTES = {"cpu": 8 << 20, "accelerator": 512 << 20}
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The real columns of this rank: local columns [0, width) are the global ids [start, start + width); the rest is padding."""
+
+    start: int
+    width: int
+    tp_group: dist.ProcessGroup | None
+
+    def max(self, *values_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the maximum over the ranks of each value, in one collective. It only shifts exponents, so no gradient passes through it."""
+        return self._reduce(values_T, dist.ReduceOp.MAX)
+
+    def sum(self, *values_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the sum over the ranks of each value, in one collective. The losses write their backward by hand, so it has none of its own."""
+        return self._reduce(values_T, dist.ReduceOp.SUM)
+
+    def _reduce(self, values_T: tuple[torch.Tensor, ...], operation: dist.ReduceOp.RedOpType) -> tuple[torch.Tensor, ...]:
+        if self.tp_group is None or self.tp_group.size() == 1:
+            return values_T
+        packed = torch.stack(values_T)
+        dist.all_reduce(packed, op=operation, group=self.tp_group)
+        return packed.unbind()
+
+
+def vocab_shard(num_columns: int, *, tp_group: dist.ProcessGroup | None, vocab_size: int | None, start: int | None = None) -> VocabShard:
+    """Return which of this rank's `num_columns` columns are real ids; ids from `vocab_size` on are padding.
+
+    Without `start` every rank is taken to hold the same number of columns, as Megatron's padding guarantees.
+    Raises ValueError when `vocab_size` is larger than all shards together.
+    """
+    rank, num_ranks = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
+    if start is None:
+        start = rank * num_columns
+        if vocab_size is not None and vocab_size > num_ranks * num_columns:
+            raise ValueError(
+                f"vocab_size={vocab_size} is larger than all shards together: {num_ranks} x {num_columns} = {num_ranks * num_columns} columns; "
+                "pass the true vocabulary size of the head, or shard_start where the shards are uneven"
+            )
+    width = num_columns if vocab_size is None else min(max(vocab_size - start, 0), num_columns)
+    return VocabShard(start, width, tp_group)
+
+
+def token_chunks(num_tokens: int, num_columns: int, device: torch.device, chunk_tokens: int | None = None) -> Iterator[slice]:
+    """Yield row slices of `chunk_tokens`, by default as many rows as fit CHUNK_BYTES. All ranks of a group must cut alike: same T, same W."""
+    if chunk_tokens is None:
+        budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "accelerator"]
+        chunk_tokens = max(1, budget // (4 * max(num_columns, 1)))
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1, or None for the default")
+    return (slice(first, min(first + chunk_tokens, num_tokens)) for first in range(0, num_tokens, chunk_tokens))
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the softmax arithmetic: fp32, or fp64 for an fp64 input."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class ShardSoftmax:
+    """Softmax of one chunk of one model, in place: `local_max`, `shift_`, `mass`, `normalise_`, with a collective of the caller's between the steps.
+
+    `logp_TW` holds raw logits, then logits minus the row maximum, then log-probabilities; `prob_TW` holds exponentials, then probabilities.
+    The maximum and the logarithm of the mass are subtracted one after the other: adding a small logarithm to a large maximum would round it away.
+    """
+
+    def __init__(self, logits_TW: torch.Tensor) -> None:
+        """Take over `logits_TW`, which is overwritten."""
+        self.logp_TW = logits_TW
+        self.prob_TW = logits_TW
+
+    def local_max(self) -> torch.Tensor:
+        """Return the row maxima of this rank's columns; -inf where it has none."""
+        if self.logp_TW.size(1) == 0:
+            return self.logp_TW.new_full((self.logp_TW.size(0),), -math.inf)
+        return self.logp_TW.amax(-1)
+
+    def shift_(self, max_T: torch.Tensor) -> None:
+        """Subtract the maxima over the whole vocabulary. A fully masked row keeps its -inf logits and gets the mass 0."""
+        self.logp_TW.sub_(max_T.masked_fill(max_T == -math.inf, 0)[:, None])
+        self.prob_TW = self.logp_TW.exp()
+
+    def mass(self) -> torch.Tensor:
+        """Return this rank's part of the softmax denominator."""
+        return self.prob_TW.sum(-1)
+
+    def normalise_(self, mass_T: torch.Tensor) -> None:
+        """Divide by the denominator over the whole vocabulary. The mass inf marks a row to ignore: all its probabilities become 0."""
+        self.logp_TW.sub_(mass_T.log()[:, None])
+        self.prob_TW.div_(mass_T[:, None])
+
+    def entropy_moment(self) -> torch.Tensor:
+        """Return this rank's part of sum_v e^{u_v} u_v, with u the shifted logits. To be called between `shift_` and `normalise_`."""
+        return weighted_sum(self.prob_TW, self.logp_TW)
+
+    def owned_logit(self, ids_T: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logit of each given id and a count of one, both 0 where another rank holds the id."""
+        if shard.width == 0:
+            return (zeros_T := self.logp_TW.new_zeros(self.logp_TW.size(0))), zeros_T
+        local_T, owned_T = local_ids(ids_T, shard)
+        logit_T = self.logp_TW.gather(1, local_T[:, None]).squeeze(1)
+        return logit_T.masked_fill(~owned_T, 0), owned_T.to(logit_T.dtype)
+
+
+def local_ids(ids_T: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the local column of each id, clamped into this rank's real columns, and whether the rank holds it."""
+    local_T = ids_T - shard.start
+    return local_T.clamp(0, shard.width - 1), (local_T >= 0) & (local_T < shard.width)
+
+
+def weighted_sum(weight_TW: torch.Tensor, value_TW: torch.Tensor) -> torch.Tensor:
+    """Return sum_v weight_v value_v with 0 * inf = 0. A NaN weight is dropped here and reaches the result through the mass it is divided by."""
+    return (weight_TW * value_TW).nansum(-1)
+
+
+def entropy(moment_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:
+    """Return the entropy in nats, log a - (sum_v e^{u_v} u_v) / a, where a is the mass; 0 for a fully masked row."""
+    return (mass_T.log() - moment_T / mass_T).masked_fill_(mass_T == 0, 0)
+
+
+def picked_logp(logit_T: torch.Tensor, owners_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of the picked ids; NaN for an id that no rank holds, so that a wrong id never passes for a likely token."""
+    return (logit_T - mass_T.log()).masked_fill_(owners_T == 0, math.nan)
+
+
+def require_same(what: str, left_name: str, left: object, right_name: str, right: object) -> None:
+    """Raise ValueError naming both arguments and both values when they differ."""
+    if left != right:
+        raise ValueError(f"{what} must agree: {left_name} has {left}, {right_name} has {right}")

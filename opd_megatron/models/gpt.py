@@ -1,0 +1,115 @@
+"""An architecture -> this rank's part of a Megatron-Core GPTModel, and its final hidden states instead of logits.
+
+Shapes: B sequences, S padded length, H hidden, W this rank's slice of the padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from opd_megatron.models.architecture import Architecture, Rope
+from opd_megatron.models.layers import block_spec
+from opd_megatron.parallel.groups import ModelGroups
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_gpt(architecture: Architecture, groups: ModelGroups, *, precision: Literal["bf16", "fp32"], vocab_multiple: int) -> GPTModel:
+    """Return this rank's pipeline stage and tensor slice, with Megatron's random initialization."""
+    layout = groups.layout
+    dtype = DTYPES[precision]
+    config = TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        qk_layernorm=architecture.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        init_method_std=architecture.init_std,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        # Losses return sums and counts; Megatron divides once by the global count. DistributedDataParallel reads it when built.
+        calculate_per_token_loss=True,
+        # Weights always come from files; initializing on the CPU also spares CUDA's random state.
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # The fused forms need Transformer Engine or Apex.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+    model = GPTModel(
+        config,
+        block_spec(config, groups.stage),
+        vocab_size=architecture.padded_vocab_size(layout.tensor, vocab_multiple),
+        max_sequence_length=architecture.max_positions,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope.theta,  # type: ignore[arg-type]
+        share_embeddings_and_output_weights=architecture.tied,
+        pg_collection=groups.collection,
+    )
+    frequencies = model.rotary_pos_emb.inv_freq
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(frequencies.device)
+    return model
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Return the rotary frequencies [head_dim / 2] in fp32, with linear or Llama 3 scaling as transformers' `modeling_rope_utils` defines them."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequency = 1.0 / (rope.theta**exponent)
+    if rope.kind == "default":
+        return frequency
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    wavelength = 2 * math.pi / frequency
+    low, high = rope.original_max_positions / rope.low_freq_factor, rope.original_max_positions / rope.high_freq_factor
+    smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * frequency / rope.factor + smooth * frequency
+    return torch.where(wavelength > low, frequency / rope.factor, torch.where(wavelength < high, frequency, blended))
+
+
+def head_weight(model: GPTModel) -> torch.Tensor:
+    """Return this rank's slice [W, H] of the LM head; the embedding's where they are tied. Last stage only."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+@contextmanager
+def hidden_states_only(model: GPTModel) -> Iterator[None]:
+    """Make the last stage's forward return final hidden states [B, S, H] (S / tensor under sequence parallelism) instead of logits.
+
+    GPTModel has no hook before its output layer in 0.16; from 0.18 `forward(output_processor=...)` can replace this.
+    """
+    if not model.post_process:
+        yield
+        return
+    model.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
+    try:
+        yield
+    finally:
+        del model.output_layer.forward

@@ -1,0 +1,111 @@
+"""A Hugging Face model folder on disk: its configuration, which file holds which tensor, and whether the files are whole.
+
+Standard library only, so that `recipes.run --check` finds a missing or cut shard without importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_megatron.models.architecture import Architecture, parse_architecture
+
+# What travels beside the weights: everything a serving engine or a tokenizer reads.
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class HFFolder:
+    """A folder whose configuration was understood and whose safetensors files were found whole."""
+
+    path: Path
+    architecture: Architecture
+    tensor_files: Mapping[str, Path]
+
+
+def open_hf_folder(path: str | Path) -> HFFolder:
+    """Return the folder, or raise ValueError saying which file is missing, cut short, or not understood. Reads headers only."""
+    folder = Path(path)
+    architecture = read_architecture(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: dict[str, str] = _read_json(index).get("weight_map", {})
+        tensor_files = {name: folder / file for name, file in weight_map.items()}
+    else:
+        single = folder / "model.safetensors"
+        tensor_files = {name: single for name in read_safetensors_header(single)}
+    for file in sorted(set(tensor_files.values())):
+        present = read_safetensors_header(file)
+        absent = [name for name, holder in tensor_files.items() if holder == file and name not in present]
+        if absent:
+            raise ValueError(f"{file}: the index promises {absent[0]!r}, which the file does not hold; download the folder again")
+    return HFFolder(folder, architecture, tensor_files)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Return the architecture named by a folder's config.json."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder} is not a Hugging Face model folder: no config.json in it; give a local folder with config.json and safetensors files")
+    return parse_architecture(_read_json(config), str(config))
+
+
+def read_safetensors_header(file: Path) -> dict[str, Any]:
+    """Return a safetensors file's tensor entries; raise ValueError if the file is missing or shorter or longer than its header says."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length <= size - 8 else None
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; the folder's download may be incomplete") from None
+    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
+        header = None
+    if header is None:
+        raise ValueError(f"{file} is not a whole safetensors file ({size} bytes); download it again")
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise ValueError(f"{file} has {size} bytes where its header promises {expected}; download it again")
+    return header
+
+
+def stop_token_ids(folder: Path) -> tuple[int, ...]:
+    """Return the ids that end a response by the folder's generation_config.json, else config.json; chat models name several."""
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copy configuration, tokenizer, chat template and generation files that `source` has."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ASSETS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None

@@ -1,0 +1,203 @@
+"""Weights in and out: a Hugging Face folder or a Megatron distributed checkpoint -> this rank's model, a checkpoint, or a folder.
+
+Both sources give the same thing, global Megatron tensors by name, one at a time, so memory stays at one tensor beside the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.models.gpt import GPTModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.hf_folder import HFFolder, copy_assets, open_hf_folder, read_architecture
+from opd_megatron.models.weight_map import EMBEDDING, HEAD, LOCAL_TO_CHECKPOINT, MappedTensor, local_slice, to_hf, to_megatron, vocab_slice, weight_map
+from opd_megatron.parallel.groups import ModelGroups
+
+# A checkpoint carries the Hugging Face files that are not weights here, so it knows its own architecture and tokenizer.
+ASSETS_FOLDER = "huggingface"
+_MAX_SHARD_BYTES = 5 * 1024**3
+# Buffers that old checkpoints of these families store and no model needs.
+_IGNORED_HF = re.compile(r"rotary_emb\.inv_freq$")
+
+
+class WeightSource(Protocol):
+    """Where a model's weights come from."""
+
+    architecture: Architecture
+    assets: Path
+
+    def read(self, row: MappedTensor) -> torch.Tensor:
+        """Return one global Megatron tensor, vocabulary unpadded."""
+        ...
+
+
+def open_weights(*, hf: str | None = None, checkpoint: str | None = None) -> WeightSource:
+    """Return the source named by exactly one of the two paths; ValueError if it is not whole or not understood."""
+    if hf:
+        return HFWeights(open_hf_folder(hf))
+    assert checkpoint is not None
+    return CheckpointWeights(Path(checkpoint))
+
+
+class HFWeights:
+    """A Hugging Face folder. Tensors the model needs must be there, and tensors it does not know are refused."""
+
+    def __init__(self, folder: HFFolder) -> None:
+        self.architecture = folder.architecture
+        self.assets = folder.path
+        self._files = folder.tensor_files
+        needed = {name for row in weight_map(self.architecture) for name in row.hf}
+        if self.architecture.tied:
+            # Some exporters write the tied head a second time.
+            needed.add("lm_head.weight")
+        missing = sorted(needed - set(self._files) - ({"lm_head.weight"} if self.architecture.tied else set()))
+        unknown = sorted(name for name in set(self._files) - needed if not _IGNORED_HF.search(name))
+        if missing:
+            raise ValueError(f"{folder.path}: {len(missing)} tensors of a {self.architecture.family} model are missing, first {missing[0]!r}")
+        if unknown:
+            raise ValueError(f"{folder.path}: {len(unknown)} tensors are unknown to a {self.architecture.family} model, first {unknown[0]!r}")
+
+    def read(self, row: MappedTensor) -> torch.Tensor:
+        return to_megatron(row, [self._read_part(name) for name in row.hf], self.architecture)
+
+    def _read_part(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+class CheckpointWeights:
+    """A distributed checkpoint of any layout, read without process groups; padded vocabulary rows are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.assets = path / ASSETS_FOLDER
+        if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
+            raise ValueError(f"{path} is not a Megatron checkpoint: no metadata.json and .metadata in it")
+        self.architecture = read_architecture(self.assets)
+        self._reader = dcp.FileSystemReader(path)
+        self._tensors = self._reader.read_metadata().state_dict_metadata
+        self._check_contents()
+
+    def _check_contents(self) -> None:
+        """Every tensor the architecture needs is there with its shape: a checkpoint of another model is refused before it is read."""
+        for row in weight_map(self.architecture):
+            stored = self._tensors.get(row.megatron)
+            shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
+            fits = shape is not None and shape[1:] == row.shape[1:] and (shape[0] == row.shape[0] or (row.is_vocab and shape[0] > row.shape[0]))
+            if not fits:
+                raise ValueError(f"{self.path}: {row.megatron} has shape {shape} where {self.assets / 'config.json'} implies {row.shape}; another model's checkpoint?")
+
+    def read(self, row: MappedTensor) -> torch.Tensor:
+        stored = self._tensors[row.megatron]
+        assert isinstance(stored, TensorStorageMetadata)
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        try:
+            dcp.load({row.megatron: tensor}, storage_reader=self._reader, no_dist=True)
+        except (OSError, RuntimeError, EOFError, ValueError, dcp.api.CheckpointException) as error:
+            raise ValueError(f"{self.path}: cannot read {row.megatron}: {_first_line(error)}") from None
+        return tensor[: row.shape[0]]
+
+
+def load_model(model: GPTModel, groups: ModelGroups, source: WeightSource, *, vocab_multiple: int) -> None:
+    """Copy this rank's slice of every weight into the model, in the model's dtype."""
+    architecture = source.architecture
+    rows = {row.megatron: row for row in weight_map(architecture)}
+    padded = architecture.padded_vocab_size(groups.layout.tensor, vocab_multiple)
+    with torch.no_grad():
+        for name, parameter in named_global_parameters(model, architecture):
+            row = rows[name]
+            piece = local_slice(row, source.read(row), tensor_rank=groups.tensor_rank, tensor_size=groups.layout.tensor, padded_vocab=padded)
+            parameter.copy_(piece)
+
+
+def named_global_parameters(model: GPTModel, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield every parameter of this rank with its global name; a tied head answers to the embedding's."""
+    numbers = {index: layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
+    for name, parameter in model.named_parameters():
+        if name == HEAD and architecture.tied:
+            name = EMBEDDING
+        local = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+        if local:
+            name = f"decoder.layers.{numbers[int(local[1])]}.{LOCAL_TO_CHECKPOINT.get(local[2], local[2])}"
+        yield name, parameter
+
+
+def load_head_slice(source: WeightSource, groups: ModelGroups, *, padded_vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows [W, G] of a source's LM head for this rank of another model's tensor group, padded as that model pads."""
+    name = EMBEDDING if source.architecture.tied else HEAD
+    row = next(row for row in weight_map(source.architecture) if row.megatron == name)
+    piece = vocab_slice(source.read(row), tensor_rank=groups.tensor_rank, tensor_size=groups.layout.tensor, padded_vocab=padded_vocab)
+    return piece.to(dtype=dtype, copy=True)
+
+
+def export_hf(source: WeightSource, out: Path, *, dtype: torch.dtype | None = None, replace: bool = False) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load: safetensors with index, configuration, tokenizer files.
+
+    `dtype=None` keeps the source's. The folder appears whole or not at all; ValueError if it exists and `replace` is not set.
+    """
+    if out.exists() and not replace:
+        raise ValueError(f"{out} exists; name another folder or remove it")
+    unfinished = out.with_name(out.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    copy_assets(source.assets, unfinished)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    sizes: list[int] = [0]
+    names: dict[str, int] = {}
+    for row in weight_map(source.architecture):
+        tensor = source.read(row)
+        for name, part in to_hf(row, tensor if dtype is None else tensor.to(dtype), source.architecture).items():
+            size = part.numel() * part.element_size()
+            if sizes[-1] and sizes[-1] + size > _MAX_SHARD_BYTES:
+                _write_shard(unfinished, len(shards), shards[-1])
+                shards[-1] = {}
+                shards.append({})
+                sizes.append(0)
+            shards[-1][name] = part
+            sizes[-1] += size
+            names[name] = len(shards)
+    _write_shard(unfinished, len(shards), shards[-1])
+    _name_shards(unfinished, names, len(shards), sum(sizes))
+    if dtype is not None:
+        _record_dtype(unfinished / "config.json", dtype)
+    if out.exists():
+        shutil.rmtree(out)
+    unfinished.rename(out)
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+
+
+def _name_shards(folder: Path, names: dict[str, int], num_shards: int, num_bytes: int) -> None:
+    """Rename the shards as transformers does, now that their number is known, and write the index."""
+    if num_shards == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+        return
+    for number in range(1, num_shards + 1):
+        (folder / f"model-{number:05d}.safetensors").rename(folder / f"model-{number:05d}-of-{num_shards:05d}.safetensors")
+    weight_map_json = {name: f"model-{number:05d}-of-{num_shards:05d}.safetensors" for name, number in names.items()}
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map_json}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _record_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Write the exported dtype under the key the configuration already uses (transformers 4: torch_dtype, 5: dtype)."""
+    config = json.loads(config_file.read_text())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

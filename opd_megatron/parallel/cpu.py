@@ -1,0 +1,68 @@
+"""Megatron-Core on CPU and gloo: the smallest set of redirections, each with its reason. Nothing happens where CUDA is present.
+
+Measured with megatron-core 0.16.1. Megatron-Core has no CPU mode of its own; delete an entry when it gains one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_mode: TorchFunctionMode | None = None
+
+
+def _names_cuda(device: Any) -> bool:
+    """Return whether a `device=` argument means a CUDA device; a bare integer does."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Answer requests for CUDA tensors with CPU tensors; about one microsecond per operator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The distributed optimizer and gradient clipping compare type strings such as 'torch.cuda.FloatTensor'.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def enable_cpu_backend() -> bool:
+    """Redirect Megatron-Core's CUDA calls to the CPU for the rest of the process; return whether the CPU is the device.
+
+    Safe to call again; does nothing on a machine with CUDA.
+    """
+    global _mode
+    if torch.cuda.is_available():
+        return False
+    if _mode is not None:
+        return True
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    # Every buffer of Megatron-Core is created on the current device.
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    # Called around timers and optimizer steps.
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None  # type: ignore[assignment]
+    # The model-parallel random number tracker forks the device generator.
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[assignment]
+    # Without CUDA this queues a lazy call: a silent no-op, and the tracker would not fork.
+    megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    _mode = _CudaToCpu()
+    _mode.__enter__()
+    return True

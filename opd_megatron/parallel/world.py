@@ -1,0 +1,76 @@
+"""Joining and leaving the job: ranks from torchrun or Slurm, the default process group, and errors every rank shares."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.parallel.cpu import enable_cpu_backend
+
+# Long enough for rank 0 to write a large export while the others wait; a dead peer is noticed by its closed connection.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+
+
+def rank_environment() -> tuple[int, int, int]:
+    """Return (rank, world size, local rank) from torchrun's variables, else Slurm's, else a world of one."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
+    return 0, 1, 0
+
+
+def join_world() -> torch.device:
+    """Initialize torch.distributed (NCCL with CUDA, gloo without) and return this rank's device."""
+    rank, world_size, local_rank = rank_environment()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        if world_size > 1:
+            raise ValueError(f"MASTER_PORT is not set for a world of {world_size} ranks; start with torchrun, or export MASTER_ADDR and MASTER_PORT")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if enable_cpu_backend():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+    return device
+
+
+def leave_world() -> None:
+    """Destroy every process group of this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """Raise on every rank the first ValueError or OSError that any rank met inside; a block without collectives.
+
+    Every rank must enter. Without it, the ranks that met no error would wait for the others in the next collective.
+    """
+    error: str | None = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise ValueError(message if error is not None or dist.get_rank() == rank else f"rank {rank}: {message}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,168 @@
+"""The numbers of a run: appended while it trains (JSON lines and TensorBoard), read back whatever state the run was left in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from opd_megatron.reporting.run_directory import RunDirectory, Status, replace_text
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and evals.jsonl and mirrors both to TensorBoard. Rank 0 alone owns one.
+
+    Training steps count from 1; an evaluation at step N saw the weights after N steps, so step 0 is before training.
+    A crash after the last checkpoint leaves steps that will run again: records of `first_step` and later are dropped, as is a cut line.
+    """
+
+    def __init__(self, run_directory: RunDirectory, *, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # torch costs seconds; readers of this module do without it
+
+        self._metrics = _open_before(run_directory.metrics_path, first_step)
+        self._evaluations = _open_before(run_directory.evals_path, first_step)
+        self._tensorboard = SummaryWriter(str(run_directory.tensorboard), purge_step=first_step, flush_secs=10)
+
+    def log_step(self, metrics: Mapping[str, float | int]) -> None:
+        """Append one training step; `step` is required, every other key is free."""
+        _append(self._metrics, metrics)
+        for key, value in metrics.items():
+            if key != "step":
+                self._tensorboard.add_scalar(f"train/{key}", value, int(metrics["step"]))
+
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Append one evaluation of the student or the teacher; its examples stay out of TensorBoard."""
+        _append(self._evaluations, record)
+        step, who = int(record["step"]), record["who"]
+        self._tensorboard.add_scalar(f"evaluation/{who}_accuracy", record["accuracy"], step)
+        for k, value in record.get("pass_at_k", {}).items():
+            self._tensorboard.add_scalar(f"evaluation/{who}_pass_at_{k}", value, step)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._evaluations.close()
+        self._tensorboard.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """All that a run directory tells about its run. Evaluations are unique by (step, who), in order of step; the last written one counts."""
+
+    directory: RunDirectory
+    name: str
+    recipe: str | None
+    config: Mapping[str, Any]
+    status: Status | None
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    remarks: list[str]  # what is missing or unreadable, one sentence each
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Return the steps that hold a finite number under `key`, and those numbers."""
+        points = [(record["step"], record[key]) for record in self.steps if _is_finite(record.get(key))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def evaluations_of(self, who: str) -> list[dict[str, Any]]:
+        """Return the evaluations of "student" or "teacher" that have an accuracy."""
+        return [record for record in self.evaluations if record.get("who") == who and _is_finite(record.get("accuracy"))]
+
+    def setting(self, dotted_key: str) -> Any:
+        """Return one value of the resolved config, or None where the config does not have it."""
+        node: Any = self.config
+        for name in dotted_key.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
+
+
+def read_history(path: Path) -> RunHistory:
+    """Return what is left of the run at `path`; only a folder that does not exist raises ValueError."""
+    run = RunDirectory(path)
+    if not run.path.is_dir():
+        raise ValueError(f"{run.path} is not a run directory: there is no such folder")
+    remarks: list[str] = []
+    description: dict[str, Any] = {"recipe": None, "config": {}}
+    if run.config_path.is_file():
+        try:
+            description = run.read_description()
+        except ValueError:
+            remarks.append("config.json is not the config of a run")
+    else:
+        remarks.append("config.json is missing: recipe and settings are unknown")
+    if run.read_status() is None:
+        remarks.append("status is missing: the run ended before its first step, or is not a run")
+    steps = _by_key(_read_records(run.metrics_path, remarks, "training steps"), "step")
+    evaluations = _by_key(_read_records(run.evals_path, remarks, "evaluations"), "step", "who")
+    return RunHistory(
+        directory=run,
+        name=run.path.resolve().name,
+        recipe=description["recipe"],
+        config=description["config"],
+        status=run.read_status(),
+        steps=steps,
+        evaluations=evaluations,
+        remarks=remarks,
+    )
+
+
+def strict_json(value: Any) -> Any:
+    """Return `value` without NaN or infinity, which JSON does not have: null, and in an object a `<key>_nonfinite` note beside it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        notes = {f"{key}_nonfinite": str(item) for key, item in value.items() if isinstance(item, float) and not math.isfinite(item)}
+        return {key: strict_json(item) for key, item in value.items()} | notes
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    return value
+
+
+def _append(file: TextIO, record: Mapping[str, Any]) -> None:
+    file.write(json.dumps(strict_json(record), allow_nan=False) + "\n")
+    file.flush()
+
+
+def _open_before(path: Path, first_step: int) -> TextIO:
+    """Return the JSON lines file opened for appending, cut to whole records of steps before `first_step`."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        kept = [line for line in text.split("\n") if (record := _parse(line)) is not None and record["step"] < first_step]
+        kept_text = "".join(line + "\n" for line in kept)
+        if kept_text != text:
+            replace_text(path, kept_text)
+    return path.open("a", encoding="utf-8")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Return the record of one line, or None for a cut, damaged or empty one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def _read_records(path: Path, remarks: list[str], what: str) -> list[dict[str, Any]]:
+    if not path.is_file():
+        remarks.append(f"{path.name} is missing: no {what} were recorded")
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    records = [record for record in map(_parse, lines) if record is not None]
+    if len(records) < len(lines):
+        remarks.append(f"{path.name} has {len(lines) - len(records)} unreadable line(s) of {len(lines)}, left out here")
+    if not lines:
+        remarks.append(f"{path.name} is empty: no {what} were recorded")
+    return records
+
+
+def _by_key(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Return the last record of each key, sorted by step: a repeated step counts once."""
+    unique = {tuple(str(record.get(key)) for key in keys): record for record in records}
+    return sorted(unique.values(), key=lambda record: record["step"])
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

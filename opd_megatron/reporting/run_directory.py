@@ -1,0 +1,125 @@
+"""The folder of one run: where each file lives, which run may continue in it, and in what state it was left. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+Status = Literal["running", "finished", "interrupted", "crashed"]
+
+_ABSENT = object()
+
+
+class RunDirectory:
+    """The paths of a run directory. Constructing one touches no disk; `open` creates or re-enters the folder."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.evals_path = self.path / "evals.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.hf = self.path / "hf"
+        self.report_path = self.path / "report.html"
+        self.status_path = self.path / "status"
+        self.logs = self.path / "logs"
+        self.rollouts = self.path / "rollouts"
+        self.tensorboard = self.path / "tensorboard"
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, recipe: str, config: Mapping[str, Any], may_change: Collection[str]) -> RunDirectory:
+        """Return the run directory at `path`, new or continued, with `config` as its config.json. Rank 0 alone calls it.
+
+        `may_change` holds dotted keys or sections (`training.steps`, `checkpoint`) that a continued run may set anew.
+        Raises ValueError when the folder cannot be written, or belongs to another recipe or to another config.
+        """
+        run = cls(path)
+        description = json.dumps({"recipe": recipe, "config": config}, indent=2) + "\n"
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            if run.config_path.exists():
+                run._refuse_another_run(json.loads(description), may_change)
+            replace_text(run.config_path, description)
+        except OSError as error:
+            raise ValueError(f"run directory {run.path} cannot be written: {error.strerror or error}; choose another --run-dir") from error
+        return run
+
+    def write_status(self, word: Status) -> None:
+        """Replace the status in one move, so that a reader never sees half a word."""
+        assert word in get_args(Status), f"status {word!r} is not one of {get_args(Status)}"
+        replace_text(self.status_path, word + "\n")
+
+    def read_status(self) -> Status | None:
+        """Return the last status written, or None before the first or for a word that is no status."""
+        if not self.status_path.is_file():
+            return None
+        word = self.status_path.read_text(errors="replace").strip()
+        return cast(Status, word) if word in get_args(Status) else None
+
+    def read_description(self) -> dict[str, Any]:
+        """Return config.json, `{"recipe": name, "config": tree}`; raise ValueError where it is not that."""
+        try:
+            description = json.loads(self.config_path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.config_path} is not JSON ({error}); move the folder away or use another --run-dir") from error
+        if not (isinstance(description, dict) and isinstance(description.get("recipe"), str) and isinstance(description.get("config"), dict)):
+            raise ValueError(f'{self.config_path} is not the config of a run, {{"recipe": ..., "config": ...}}; use another --run-dir')
+        return description
+
+    def _refuse_another_run(self, wanted: dict[str, Any], may_change: Collection[str]) -> None:
+        found = self.read_description()
+        if found["recipe"] != wanted["recipe"]:
+            raise ValueError(
+                f"{self.path} is the run directory of another recipe: it holds {found['recipe']!r}, this run is {wanted['recipe']!r}; use another --run-dir"
+            )
+        differing = _differences(found["config"], wanted["config"], may_change)
+        if differing:
+            raise ValueError(
+                f"{self.path} holds a run with another config; use another --run-dir or restore these keys:\n" + "\n".join(f"  {line}" for line in differing)
+            )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` at `path` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    """Return one line for each dotted key whose values differ and that no entry of `may_change` covers."""
+    old, new = config_leaves(found), config_leaves(wanted)
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        covered = any(key == prefix or key.startswith(prefix + ".") for prefix in may_change)
+        if before != after and not covered:
+            lines.append(f"{key}: {_shown(before)} in the folder, {_shown(after)} now")
+    return lines
+
+
+def config_leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return every dotted key of a nested config with its value; lists and empty sections are values."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= config_leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)

@@ -1,0 +1,1 @@
+"""The student writes: sampling, generation with a key-value cache, records and replays."""

@@ -1,0 +1,119 @@
+"""Generation by the training weights themselves, under the student's own tensor, pipeline and data parallelism.
+
+Our loop over Megatron-Core's model and its static key-value cache. Everything that touches Megatron's inference package is here and in
+`models.forward`. Shapes: B sequences decoded together, S length, V vocabulary, W this rank's slice of V, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+
+from opd_megatron.models.forward import forward_hidden, inference_mode
+from opd_megatron.models.gpt import head_weight
+from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.rollout.sampling import SamplingSettings, sample_tokens, uniform_stream
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model wrote after one prompt: ids with the end-of-sequence token if it came, and each token's log-probability."""
+
+    ids: torch.Tensor
+    logp: torch.Tensor
+    finished: bool
+
+
+class Sampler:
+    """One model as a writer. Every rank of a replica calls `generate` with the same prompts and gets the same responses."""
+
+    def __init__(self, model: GPTModel, groups: ModelGroups, *, vocab_size: int, eos_ids: Sequence[int], batch_sequences: int) -> None:
+        self.model = model
+        self.groups = groups
+        self.vocab_size = vocab_size
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.eos_ids = torch.tensor(sorted(set(eos_ids)), device=self.device)
+        self.batch_sequences = batch_sequences
+
+    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], settings: SamplingSettings) -> list[Response]:
+        """Return one response per prompt, in order. `keys` seeds each sequence on its own, so batching and layout change nothing.
+
+        Prompts of similar length are decoded together: a batch starts at its shortest prompt and longer ones are fed token by token.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        responses: list[Response | None] = [None] * len(prompts)
+        with inference_mode(self.model, self.groups):
+            for start in range(0, len(order), self.batch_sequences):
+                chosen = order[start : start + self.batch_sequences]
+                batch = self._generate_batch([prompts[i] for i in chosen], [keys[i] for i in chosen], settings)
+                for index, response in zip(chosen, batch, strict=True):
+                    responses[index] = response
+        return [response for response in responses if response is not None]
+
+    def _generate_batch(self, prompts: list[Sequence[int]], keys: list[tuple[int | str, ...]], settings: SamplingSettings) -> list[Response]:
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        total = int(lengths_B.max()) + settings.max_response_tokens
+        tokens_BS = torch.zeros(len(prompts), total, dtype=torch.long, device=self.device)
+        for row, prompt in enumerate(prompts):
+            tokens_BS[row, : len(prompt)] = torch.tensor(prompt, device=self.device)
+        logp_BS = torch.zeros(len(prompts), total, device=self.device)
+        uniform_BS = torch.stack([uniform_stream(settings.max_response_tokens, *key) for key in keys])
+        done_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        stop_B = lengths_B + settings.max_response_tokens
+        cache = StaticInferenceContext(len(prompts), total)
+        start, position = 0, int(lengths_B.min())
+        while position < total and not bool(done_B.all()):
+            if position - start == 1:
+                cache.enable_decode_mode()
+            drawn_B = uniform_BS.gather(1, (position - lengths_B.cpu()).clamp(0, settings.max_response_tokens - 1)[:, None])[:, 0]
+            token_B, step_logp_B = self._next_token(tokens_BS[:, start:position], drawn_B, cache, settings)
+            in_prompt_B = lengths_B > position
+            writes_B = ~in_prompt_B & ~done_B
+            tokens_BS[:, position] = torch.where(writes_B, token_B, tokens_BS[:, position])
+            logp_BS[:, position] = torch.where(writes_B, step_logp_B, 0.0)
+            ended_B = writes_B & torch.isin(token_B, self.eos_ids)
+            start, position = position, position + 1
+            done_B = done_B | ended_B | (stop_B <= position)
+        return self._collect(tokens_BS, logp_BS, lengths_B, stop_B)
+
+    def _next_token(
+        self, input_BS: torch.Tensor, uniform_B: torch.Tensor, cache: StaticInferenceContext, settings: SamplingSettings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sampled next token and its log-probability, the same on every rank of the replica."""
+        hidden_B1H = forward_hidden(self.model, self.groups, input_BS, cache)
+        # Ids below 2**53 are exact in fp64, so one broadcast carries both.
+        packed_2B = torch.empty(2, input_BS.size(0), dtype=torch.float64, device=self.device)
+        source = self.groups.last_stage_ranks(self.groups.data_rank)[0]
+        if hidden_B1H is not None:
+            logits_BV = self._gather_logits(hidden_B1H[:, -1])
+            if self.groups.rank == source:
+                token_B, logp_B = sample_tokens(logits_BV, uniform_B, settings)
+                packed_2B = torch.stack([token_B.double(), logp_B.double()])
+        if self.groups.layout.model_size > 1:
+            dist.broadcast(packed_2B, src=source, group=self.groups.collection.mp)
+        return packed_2B[0].long(), packed_2B[1].float()
+
+    def _gather_logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
+        """Return full logits [B, V] in fp32 on every tensor rank of the last stage; padded columns are cut off."""
+        logits_BW = torch.mm(hidden_BH.float(), head_weight(self.model).float().t())
+        if self.groups.layout.tensor == 1:
+            return logits_BW[:, : self.vocab_size]
+        parts = [torch.empty_like(logits_BW) for _ in range(self.groups.layout.tensor)]
+        dist.all_gather(parts, logits_BW.contiguous(), group=self.groups.collection.tp)
+        return torch.cat(parts, dim=-1)[:, : self.vocab_size]
+
+    def _collect(self, tokens_BS: torch.Tensor, logp_BS: torch.Tensor, lengths_B: torch.Tensor, stop_B: torch.Tensor) -> list[Response]:
+        """Cut each row after its first end-of-sequence token, or where its budget ends."""
+        responses = []
+        is_eos_BS = torch.isin(tokens_BS, self.eos_ids)
+        for row, (first, stop) in enumerate(zip(lengths_B.tolist(), stop_B.tolist(), strict=True)):
+            ends = is_eos_BS[row, first:stop].nonzero()
+            finished = ends.numel() > 0
+            last = first + int(ends[0]) + 1 if finished else stop
+            responses.append(Response(tokens_BS[row, first:last].cpu().clone(), logp_BS[row, first:last].cpu().clone(), finished))
+        return responses

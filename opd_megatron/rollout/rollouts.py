@@ -1,0 +1,124 @@
+"""The rollouts of one optimizer step: every sample on every rank, so that all plans made from them agree. Records and replays of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.sampling import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with one response. `sampled_logp` is the writer's log-probability of every response token, None for given text."""
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: torch.Tensor
+    response_ids: torch.Tensor
+    sampled_logp: torch.Tensor | None
+    finished: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_scored(self) -> int:
+        """Positions with a loss: each response token is predicted from the position before it."""
+        return len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """All samples of a step, in one order on every rank, and the number of updates the policy that wrote them had seen."""
+
+    samples: tuple[Sample, ...]
+    policy_version: int
+
+    def share(self, rank: int, size: int) -> range:
+        """Return the indices of the contiguous share of one data-parallel replica."""
+        count = len(self.samples)
+        return range(count * rank // size, count * (rank + 1) // size)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(sample.num_scored for sample in self.samples)
+
+
+def sample_rollouts(
+    sampler: Sampler,
+    groups: ModelGroups,
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    settings: SamplingSettings,
+    *,
+    samples_per_prompt: int,
+    key: tuple[int | str, ...],
+    policy_version: int,
+) -> Rollouts:
+    """Return `samples_per_prompt` samples of every (prompt index, prompt ids): each replica writes its share, then all exchange them.
+
+    The random numbers of a sample depend on `key` and on its place in the batch only: any layout writes the same text.
+    """
+    wanted = [(place, index, ids, sample) for place, (index, ids) in enumerate(prompts) for sample in range(samples_per_prompt)]
+    first, last = (len(wanted) * (groups.data_rank + end) // groups.data_size for end in (0, 1))
+    mine = wanted[first:last]
+    responses = sampler.generate([ids for _, _, ids, _ in mine], [(*key, place, sample) for place, _, _, sample in mine], settings)
+    written = [
+        Sample(index, sample, torch.tensor(ids), response.ids, response.logp, response.finished)
+        for (_, index, ids, sample), response in zip(mine, responses, strict=True)
+    ]
+    gathered: list[list[Sample]] = [[] for _ in range(groups.data_size)]
+    dist.all_gather_object(gathered, written, group=groups.collection.dp)
+    return Rollouts(tuple(sample for replica in gathered for sample in replica), policy_version)
+
+
+def record_rollouts(rollouts: Rollouts, file: Path) -> None:
+    """Write one JSON object per sample, whole or not at all; floats keep every bit of their fp32 value."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    with partial.open("w") as stream:
+        for sample in rollouts.samples:
+            record = {
+                "prompt_index": sample.prompt_index,
+                "sample_index": sample.sample_index,
+                "prompt_ids": sample.prompt_ids.tolist(),
+                "response_ids": sample.response_ids.tolist(),
+                "sampled_logp": None if sample.sampled_logp is None else sample.sampled_logp.tolist(),
+                "finished": sample.finished,
+                "policy_version": rollouts.policy_version,
+            }
+            stream.write(json.dumps(record) + "\n")
+    partial.rename(file)
+
+
+def replay_rollouts(file: Path) -> Rollouts:
+    """Return the rollouts another run recorded; ValueError if the file is missing or not such a record."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: rollout.replay needs a run that was made with rollout.record=true and has this step")
+    samples, version = [], 0
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            logp = record["sampled_logp"]
+            samples.append(
+                Sample(
+                    record["prompt_index"],
+                    record["sample_index"],
+                    torch.tensor(record["prompt_ids"], dtype=torch.long),
+                    torch.tensor(record["response_ids"], dtype=torch.long),
+                    None if logp is None else torch.tensor(logp),
+                    record["finished"],
+                )
+            )
+            version = record["policy_version"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{file}:{number} is not a recorded rollout: {error}") from None
+    return Rollouts(tuple(samples), version)

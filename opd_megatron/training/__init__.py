@@ -1,0 +1,1 @@
+"""The student learns: one optimizer step, the objectives, checkpoints, and the run around them."""

@@ -1,0 +1,138 @@
+"""Saving and resuming a run: weights, optimizer and progress in Megatron-Core's distributed format, any layout to any layout.
+
+Randomness needs no state: prompts, their order and every random number of a rollout are functions of (seed, step), and the supported
+architectures have no dropout. A checkpoint appears whole under `step_N` or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from opd_megatron.models.hf_folder import copy_assets
+from opd_megatron.models.weights import ASSETS_FOLDER, CheckpointWeights
+from opd_megatron.parallel.world import shared_errors
+from opd_megatron.training.optimizer import prime_adam, unshare_adam_step
+from opd_megatron.training.student import Student
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_FILE = "progress.json"
+# Optimizer state takes the shape of the parameters, so that any layout loads it; one tensor per layer keeps a reader's memory small.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: `step` steps are done, `skipped_steps` of them changed nothing."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    data_fingerprint: str = ""
+
+
+class CheckpointFolder:
+    """The `checkpoints/` folder of one run; `save` and `load` are called by every rank."""
+
+    def __init__(self, path: Path, assets: Path, *, keep: int) -> None:
+        self.path = path
+        self.assets = assets
+        self.keep = keep
+
+    def latest(self) -> Path | None:
+        """Return the newest whole checkpoint; one under construction has another name."""
+        steps = self._steps()
+        return steps[-1] if steps else None
+
+    def save(self, student: Student, progress: Progress) -> Path:
+        """Write `step_N`, then drop all but the newest `keep`; ValueError on every rank if the disk does not take it, older ones stay."""
+        final, partial = self.path / f"step_{progress.step}", self.path / f"step_{progress.step}.partial"
+        needed_bytes = _checkpoint_bytes(student)
+        with shared_errors():
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                free_bytes = shutil.disk_usage(partial).free
+                if free_bytes < needed_bytes:
+                    partial.rmdir()
+                    raise ValueError(
+                        f"cannot write checkpoint {final}: it needs about {needed_bytes:,} bytes and {free_bytes:,} are free; "
+                        "earlier checkpoints are untouched, make room and start again to resume"
+                    )
+        # A synchronous save writes in this process; Megatron's default queue would start a manager process on every rank.
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial), content_metadata=dict(_SHARDING))
+        except CheckpointException as error:
+            # Megatron-Core tells every rank when any of them could not write; the reason is known where it happened.
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"cannot write checkpoint {final}: {_reason(error)}; earlier checkpoints are untouched") from error
+        with shared_errors():
+            if dist.get_rank() == 0:
+                self._publish(partial, final, progress)
+        return final
+
+    def load(self, student: Student, checkpoint: Path) -> Progress:
+        """Fill the student's weights and optimizer; return where the run stood. ValueError if the checkpoint is another model's."""
+        with shared_errors():
+            found = CheckpointWeights(checkpoint).architecture
+            if found != student.architecture:
+                raise ValueError(f"{checkpoint} holds another model than the student: {found} instead of {student.architecture}")
+            progress = Progress(**json.loads((checkpoint / _PROGRESS_FILE).read_text()))
+        prime_adam(student.optimizer)
+        state = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(checkpoint))
+        student.model.load_state_dict(state["model"], strict=True)
+        student.optimizer.load_state_dict(state["optimizer"])
+        unshare_adam_step(student.optimizer)
+        student.scheduler.step(increment=progress.step)
+        return progress
+
+    def _publish(self, partial: Path, final: Path, progress: Progress) -> None:
+        copy_assets(self.assets, partial / ASSETS_FOLDER)
+        (partial / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in self._steps()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def _steps(self) -> list[Path]:
+        found = [(int(name[1]), path) for path in self.path.glob("step_*") if (name := re.fullmatch(r"step_(\d+)", path.name))]
+        return [path for _, path in sorted(found)]
+
+
+def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {**_SHARDING, "dp_cp_group": student.groups.collection.dp_cp}
+    model = student.model.sharded_state_dict(metadata=metadata)
+    return {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+
+
+def _checkpoint_bytes(student: Student) -> int:
+    """Return about how much the whole job will write: weights once, three fp32 tensors of optimizer state per weight, and 5 % beside."""
+    weights = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in student.model.parameters())
+    total = torch.tensor([weights if student.groups.data_rank == 0 else 0], dtype=torch.int64, device=student.device)
+    dist.all_reduce(total)
+    return int(int(total) * 1.05) + (1 << 20)
+
+
+def _reason(error: CheckpointException) -> str:
+    causes = [str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()]
+    return causes[0] if causes else "another rank could not write"

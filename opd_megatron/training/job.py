@@ -1,0 +1,118 @@
+"""One rank's whole life in a run: join, check, load, train, export, report, leave."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.config import RunConfig
+from opd_megatron.models.weights import CheckpointWeights, export_hf
+from opd_megatron.parallel.world import join_world, leave_world, shared_errors
+from opd_megatron.reporting.report import write_report
+from opd_megatron.reporting.run_directory import RunDirectory, Status
+from opd_megatron.training.checkpoint import CheckpointFolder, Progress
+from opd_megatron.training.recorder import Recorder
+from opd_megatron.training.setup import Sources, build_parts, describe_data, open_sources
+from opd_megatron.training.trainer import Trainer
+
+# What a continued run may set anew: where and how fast it runs, how often it looks, how long it goes on. Not what it learns.
+MAY_CHANGE = (
+    "world_size",
+    "student.layout",
+    "student.vocab_multiple",
+    "teacher.layout",
+    "teacher.placement",
+    "teacher.self_test",
+    "teacher.micro_batch",
+    "rollout.batch_sequences",
+    "rollout.record",
+    "loss.chunk_tokens",
+    "training.steps",
+    "training.micro_batch",
+    "training.max_skipped_steps",
+    "checkpoint",
+    "evaluation",
+)
+
+
+def run_job(recipe: str, config: RunConfig, run_dir: Path) -> Literal["finished", "interrupted"]:
+    """Run one configuration into one run directory; ValueError for the user's mistakes, anything else is a crash."""
+    _quiet_libraries()
+    device = join_world()
+    # Models, tokenizers and data are opened before the run directory is touched: a mistake in them leaves nothing behind.
+    sources = open_sources(config)
+    directory = _open_directory(recipe, config, run_dir)
+    try:
+        status = _train(config, sources, directory, device)
+    except BaseException:
+        _write_status(directory, "crashed")
+        raise
+    _write_status(directory, status)
+    leave_world()
+    return status
+
+
+def _open_directory(recipe: str, config: RunConfig, run_dir: Path) -> RunDirectory:
+    directory = RunDirectory(run_dir)
+    with shared_errors():
+        if dist.get_rank() == 0:
+            if not config.checkpoint.resume and any(directory.checkpoints.glob("step_*")):
+                raise ValueError(f"{run_dir} holds checkpoints and checkpoint.resume=false; use another --run-dir, or resume")
+            RunDirectory.open(run_dir, recipe=recipe, config=config.to_json(), may_change=MAY_CHANGE)
+            directory.write_status("running")
+    return directory
+
+
+def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device: torch.device) -> Literal["finished", "interrupted"]:
+    """Load, resume, train, and on the last step export and report."""
+    checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
+    latest = checkpoints.latest()
+    _note(describe_data(sources))
+    parts = build_parts(config, sources, device, _note)
+    progress = Progress(data_fingerprint=sources.prompts.fingerprint)
+    if latest is not None:
+        progress = checkpoints.load(parts.student, latest)
+        if progress.data_fingerprint != sources.prompts.fingerprint:
+            raise ValueError(f"{config.data.prompts} is not the data this run began with (hash {progress.data_fingerprint}, now {sources.prompts.fingerprint})")
+        _note(f"resumed from {latest}")
+    recorder = Recorder(directory, first_step=progress.step + 1, total_steps=config.training.steps)
+    try:
+        status = Trainer(config, parts, recorder, checkpoints, progress).run()
+    finally:
+        recorder.close()
+    if status == "finished":
+        _export(checkpoints, directory)
+    return status
+
+
+def _export(checkpoints: CheckpointFolder, directory: RunDirectory) -> None:
+    """Write the trained student as a Hugging Face folder, and the report; rank 0 writes while all wait."""
+    with shared_errors():
+        if dist.get_rank() == 0:
+            latest = checkpoints.latest()
+            assert latest is not None, "a finished run has saved its last step"
+            export_hf(CheckpointWeights(latest), directory.hf, replace=True)
+            directory.write_status("finished")
+            report = write_report([directory.path], directory.report_path)
+            _note(f"student  {directory.hf}\nreport   {report}")
+
+
+def _write_status(directory: RunDirectory, status: Status) -> None:
+    if dist.get_rank() == 0:
+        directory.write_status(status)
+
+
+def _note(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def _quiet_libraries() -> None:
+    """Keep what Megatron-Core and torch log at start out of the way; warnings that matter here are this project's own."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("megatron", "torch.distributed", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)

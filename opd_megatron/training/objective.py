@@ -1,0 +1,69 @@
+"""From a micro-batch's hidden states to (sum, count): what `opd` and `sft` minimize. Last stage only.
+
+Shapes: T scored positions, H student hidden, G teacher hidden, W this rank's slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.config import LossConfig
+from opd_megatron.data.batches import PaddedBatch
+from opd_megatron.losses.fused_head import FusedDivergence, fused_head_cross_entropy, fused_head_divergence
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Padded samples and, for distillation on the last stage, the teacher's hidden states [T, G] at the scored positions."""
+
+    batch: PaddedBatch
+    teacher_hidden_TG: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """The divergence of the configured kind between the student's and the teacher's full next-token distributions."""
+
+    loss: LossConfig
+    vocab_size: int
+    tp_group: dist.ProcessGroup
+    teacher_head_WG: torch.Tensor | None
+    # Whether the sampled tokens' log-probabilities are recomputed, to be compared with those the sampler saw.
+    recompute_logp: bool = False
+
+    def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
+        assert self.teacher_head_WG is not None and micro_batch.teacher_hidden_TG is not None, "scores arrive on the last stage"
+        return fused_head_divergence(
+            hidden_TH,
+            head_WH,
+            micro_batch.teacher_hidden_TG,
+            self.teacher_head_WG,
+            kind=self.loss.kind,
+            tp_group=self.tp_group,
+            beta=self.loss.beta,
+            vocab_size=self.vocab_size,
+            temperature=self.loss.temperature,
+            pointwise_clip=self.loss.pointwise_clip,
+            chunk_tokens=self.loss.chunk_tokens,
+            sampled_ids_T=micro_batch.batch.target_T if self.recompute_logp else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedFineTuning:
+    """Cross entropy of the reference answer's tokens."""
+
+    loss: LossConfig
+    vocab_size: int
+    tp_group: dist.ProcessGroup
+
+    def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
+        return fused_head_cross_entropy(
+            hidden_TH, head_WH, micro_batch.batch.target_T, tp_group=self.tp_group, vocab_size=self.vocab_size, chunk_tokens=self.loss.chunk_tokens
+        )
+
+
+Objective = Distillation | SupervisedFineTuning

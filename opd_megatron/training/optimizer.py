@@ -1,0 +1,106 @@
+"""Megatron-Core's distributed optimizer, and what it needs where Adam is PyTorch's own (no Transformer Engine, no Apex)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from opd_megatron.config import TrainingConfig
+from opd_megatron.models.gpt import DTYPES
+
+
+def build_optimizer(model: DistributedDataParallel, training: TrainingConfig) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """Return the optimizer and the learning-rate schedule; the schedule's state is the step number alone."""
+    _restore_adam_step()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.learning_rate,
+        min_lr=training.min_learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        clip_grad=training.clip_grad,
+        bf16=training.precision == "bf16",
+        params_dtype=DTYPES[training.precision],
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(config, [model])
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if training.warmup_steps else training.learning_rate,
+        max_lr=training.learning_rate,
+        min_lr=training.min_learning_rate,
+        lr_warmup_steps=training.warmup_steps,
+        lr_decay_steps=training.steps,
+        lr_decay_style=training.lr_schedule,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """Return the global gradient norm, the same on every rank; not finite if any gradient is not."""
+    if optimizer.prepare_grads():
+        return math.inf
+    return float(optimizer.get_grad_norm())
+
+
+def clip_and_update(optimizer: ChainedOptimizer, norm: float) -> None:
+    """Clip to the configured norm and update the weights: ChainedOptimizer.step, after its gradients were found finite."""
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm, use_decoupled_grad=decoupled)
+    optimizer.step_with_ready_grads()
+
+
+def prime_adam(optimizer: ChainedOptimizer) -> None:
+    """Give PyTorch's Adam its state before a checkpoint is laid over it: DistributedOptimizer.state_dict reads every 'step'."""
+    for state, parameter in _adam_states(optimizer):
+        if not state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+
+
+def unshare_adam_step(optimizer: ChainedOptimizer) -> None:
+    """Give every parameter its own step counter after a load.
+
+    DistributedOptimizer.load_state_dict hands all parameters one shared tensor, which Adam then counts up once per parameter.
+    """
+    for state, _ in _adam_states(optimizer):
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _adam_states(optimizer: ChainedOptimizer) -> list[tuple[dict[str, Any], torch.nn.Parameter]]:
+    inner = [part.optimizer for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]
+    return [(adam.state[parameter], parameter) for adam in inner for group in adam.param_groups for parameter in group["params"]]
+
+
+def _restore_adam_step() -> None:
+    """Let a load pass where PyTorch's Adam keeps 'step' per parameter and the checkpoint keeps it per group (KeyError in 0.16.1 to 0.19.2)."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(original, "keeps_step", False):
+        return
+
+    def set_states(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"].clone()}
+        original(self, model_param, tensors)
+
+    set_states.keeps_step = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

@@ -1,0 +1,82 @@
+"""What can be refused before a process group exists or torch is imported: `recipes.run --check`, and the first act of every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opd_megatron.config import ParallelLayout, RunConfig
+from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError, with the values and the way out, for layouts, models or data that do not fit together. Reads headers only."""
+    config.check_world(world_size)
+    _check_data_file(config.data.prompts, "data.prompts")
+    if isinstance(config.evaluation.prompts, str):
+        _check_data_file(config.evaluation.prompts, "evaluation.prompts")
+    student = _check_model("student", config.student.hf, config.student.checkpoint, config.student.layout)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > student.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the student's {student.max_positions} positions; lower one of them"
+        )
+    if config.teacher is None or config.training.objective != "opd":
+        return
+    teacher = _check_model("teacher", config.teacher.hf, config.teacher.checkpoint, config.teacher.layout)
+    if longest > teacher.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the teacher's {teacher.max_positions} positions; lower one of them"
+        )
+    _check_tokenizer_files(_assets(config.student.hf, config.student.checkpoint), _assets(config.teacher.hf, config.teacher.checkpoint))
+
+
+def _check_data_file(source: str, key: str) -> None:
+    if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
+        raise ValueError(f"{key}={source!r} does not exist (working directory {Path.cwd()})")
+
+
+def _assets(hf: str | None, checkpoint: str | None) -> Path:
+    return Path(hf) if hf else Path(checkpoint or "") / "huggingface"
+
+
+def _check_model(role: str, hf: str | None, checkpoint: str | None, layout: ParallelLayout) -> Architecture:
+    """Return the architecture of a model whose files are whole and whose sizes divide over the layout."""
+    if hf:
+        architecture = open_hf_folder(hf).architecture
+    else:
+        path = Path(checkpoint or "")
+        if not (path / "metadata.json").is_file():
+            raise ValueError(f"{role}.checkpoint={checkpoint!r} is not a Megatron checkpoint: no metadata.json in it")
+        architecture = read_architecture(_assets(None, checkpoint))
+    architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline)
+    return architecture
+
+
+def _check_tokenizer_files(student: Path, teacher: Path) -> None:
+    """Compare the two vocabularies as far as tokenizer.json shows them; the run compares the loaded tokenizers as well."""
+    vocabularies = [_vocabulary(folder / "tokenizer.json") for folder in (student, teacher)]
+    if None in vocabularies or vocabularies[0] == vocabularies[1]:
+        return
+    ours, theirs = vocabularies
+    assert ours is not None and theirs is not None
+    name = min(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    raise ValueError(
+        f"student and teacher tokenizers differ: token {name!r} is {ours.get(name, 'absent')} in {student} and {theirs.get(name, 'absent')} in {teacher} "
+        f"({len(ours)} and {len(theirs)} in all); choose a teacher with the student's tokenizer"
+    )
+
+
+def _vocabulary(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    vocabulary = content.get("model", {}).get("vocab")
+    if isinstance(vocabulary, list):
+        vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
+    return {**(vocabulary or {}), **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}

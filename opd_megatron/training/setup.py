@@ -1,0 +1,162 @@
+"""From a configuration to loaded models, prompts and proofs, in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.config import RunConfig, TeacherConfig
+from opd_megatron.data.prompts import Prompt, PromptSet, load_prompts
+from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer
+from opd_megatron.evaluation.graders import check_gradable, make_grader
+from opd_megatron.models.hf_folder import stop_token_ids
+from opd_megatron.models.weights import WeightSource, open_weights
+from opd_megatron.parallel.groups import student_groups, teacher_groups
+from opd_megatron.parallel.world import shared_errors
+from opd_megatron.rollout.engine import Sampler
+from opd_megatron.teacher.teacher import Teacher
+from opd_megatron.training.objective import Distillation, Objective, SupervisedFineTuning
+from opd_megatron.training.self_test import check_self_divergence
+from opd_megatron.training.student import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a run reads, opened and checked, but not loaded."""
+
+    student: WeightSource
+    teacher: WeightSource | None
+    tokenizer: Any
+    prompts: PromptSet
+    evaluation_prompts: PromptSet | None
+    grader: Callable[[Prompt, str], float]
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a trainer moves."""
+
+    device: torch.device
+    student: Student
+    teacher: Teacher | None
+    sampler: Sampler
+    objective: Objective
+    tokenizer: Any
+    prompts: PromptSet
+    evaluation_prompts: PromptSet | None
+    grader: Callable[[Prompt, str], float]
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+def open_sources(config: RunConfig) -> Sources:
+    """Open models, tokenizers and data; ValueError, the same on every rank, for whatever does not fit together."""
+    with shared_errors():
+        student = open_weights(hf=config.student.hf, checkpoint=config.student.checkpoint)
+        # A warm-up by supervised fine-tuning may name the teacher of the run that follows; it is not read.
+        wants_teacher = config.teacher is not None and config.training.objective == "opd"
+        teacher = open_weights(hf=config.teacher.hf, checkpoint=config.teacher.checkpoint) if wants_teacher and config.teacher else None
+        tokenizer = load_tokenizer(student.assets)
+        vocab_size = student.architecture.vocab_size
+        if teacher is not None:
+            check_same_tokenizer(tokenizer, load_tokenizer(teacher.assets))
+            # Equal tokenizers, differently padded heads (Qwen2.5 has 151,936 and 152,064): what both have is compared.
+            vocab_size = min(vocab_size, teacher.architecture.vocab_size)
+        if vocab_size < len(tokenizer):
+            raise ValueError(f"the tokenizer of {student.assets} has {len(tokenizer)} tokens, more than the model's vocabulary of {vocab_size}")
+        prompts, evaluation_prompts = _load_data(config, tokenizer)
+        grader = make_grader(config.data)
+        if evaluation_prompts is not None:
+            check_gradable(evaluation_prompts.prompts, config.data)
+    return Sources(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        evaluation_prompts=evaluation_prompts,
+        grader=grader,
+        vocab_size=vocab_size,
+        eos_ids=tuple({tokenizer.eos_token_id, *stop_token_ids(student.assets)}),
+    )
+
+
+def build_parts(config: RunConfig, sources: Sources, device: torch.device, note: Callable[[str], None]) -> Parts:
+    """Create groups, load both models onto them, and prove the teacher's path before anything is trained."""
+    groups = student_groups(config.student.layout, config.seed)
+    note(groups.picture("student"))
+    student = Student(config, sources.student, groups, device)
+    teacher = _build_teacher(config, config.teacher, sources, student, note) if sources.teacher is not None and config.teacher is not None else None
+    sampler = Sampler(student.model, groups, vocab_size=sources.vocab_size, eos_ids=sources.eos_ids, batch_sequences=config.rollout.batch_sequences)
+    return Parts(
+        device=device,
+        student=student,
+        teacher=teacher,
+        sampler=sampler,
+        objective=_make_objective(config, student, teacher, sources.vocab_size),
+        tokenizer=sources.tokenizer,
+        prompts=sources.prompts,
+        evaluation_prompts=sources.evaluation_prompts,
+        grader=sources.grader,
+        vocab_size=sources.vocab_size,
+        eos_ids=sources.eos_ids,
+    )
+
+
+def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources, student: Student, note: Callable[[str], None]) -> Teacher:
+    """Return the teacher; with `self_test`, first load the student's weights in its place and let them be scored."""
+    assert sources.teacher is not None
+    groups = teacher_groups(settings.layout)
+    note(groups.picture("teacher"))
+
+    def load(source: WeightSource) -> Teacher:
+        return Teacher(
+            source,
+            groups,
+            student.groups,
+            student_padded_vocab=student.padded_vocab,
+            precision=config.training.precision,
+            micro_batch=settings.micro_batch,
+            device=student.device,
+        )
+
+    if settings.self_test:
+        own_weights = load(sources.student)
+        objective = _make_objective(config, student, own_weights, sources.vocab_size)
+        divergence = check_self_divergence(student, own_weights, objective, sources.prompts.prompts)
+        note(f"self-test: the student's own weights as teacher diverge by {divergence:.1e} nats a token")
+        del own_weights, objective
+    return load(sources.teacher)
+
+
+def _make_objective(config: RunConfig, student: Student, teacher: Teacher | None, vocab_size: int) -> Objective:
+    """Return what the configuration minimizes."""
+    tp_group = student.groups.collection.tp
+    if teacher is None:
+        return SupervisedFineTuning(loss=config.loss, vocab_size=vocab_size, tp_group=tp_group)
+    # Only at the temperature of the rollouts is the recomputed log-probability that of the sampler.
+    knows_drift = config.loss.temperature == config.rollout.temperature and not config.rollout.replay
+    return Distillation(loss=config.loss, vocab_size=vocab_size, tp_group=tp_group, teacher_head_WG=teacher.head_WG, recompute_logp=knows_drift)
+
+
+def _load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet | None]:
+    """Return training and held-out prompts. An evaluation source of its own leaves the training source whole."""
+    wanted = config.evaluation.prompts
+    if isinstance(wanted, str):
+        data = replace(config.data, prompts=wanted)
+        return load_prompts(config.data, tokenizer, part="all"), load_prompts(data, tokenizer, part="all")
+    if wanted == 0:
+        return load_prompts(config.data, tokenizer, part="all"), None
+    return load_prompts(config.data, tokenizer, part="train"), load_prompts(config.data, tokenizer, part="evaluation", limit=wanted)
+
+
+def describe_data(sources: Sources) -> str:
+    """Return one line on what was read and dropped, for the log of rank 0."""
+    held_out = len(sources.evaluation_prompts) if sources.evaluation_prompts is not None else 0
+    dropped = f", {sources.prompts.num_dropped_long} dropped as too long" if sources.prompts.num_dropped_long else ""
+    return f"data: {len(sources.prompts):,} training prompts{dropped}, {held_out:,} held out; {dist.get_world_size()} ranks"

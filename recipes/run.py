@@ -1,0 +1,158 @@
+"""The only way to run a recipe.
+
+    python -m recipes.run --list
+    python -m recipes.run NAME --check [KEY=VALUE ...]
+    torchrun --nproc-per-node N -m recipes.run NAME --run-dir DIR [KEY=VALUE ...]
+
+Under Slurm the same line runs with one task per GPU. On one machine `--nproc-per-node N` without torchrun starts the ranks too, and keeps
+their exit codes, which torchrun turns into 1: 0 finished, 2 the user's mistake, 75 interrupted and resumable, anything else a crash.
+Nothing but an actual run imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import opd_megatron
+import recipes
+from opd_megatron.config import RunConfig, apply_overrides
+from opd_megatron.launch.local import launch_local
+from opd_megatron.training.preflight import check_run
+
+EXIT_CRASH = 1
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 75
+
+
+def all_recipes() -> dict[str, Callable[[], RunConfig]]:
+    """Return every recipe by name: the public zero-argument functions of the modules in this folder."""
+    found = {}
+    for module_info in sorted(pkgutil.iter_modules(recipes.__path__), key=lambda info: info.name):
+        if module_info.name == "run":
+            continue
+        module = importlib.import_module(f"recipes.{module_info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                found[name] = function
+    return found
+
+
+def find_recipe(name: str) -> Callable[[], RunConfig]:
+    """Return a recipe, or raise ValueError with the close names."""
+    known = all_recipes()
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(known)}"
+    raise ValueError(f"unknown recipe {name!r}; {hint}")
+
+
+def resolve(name: str, overrides: list[str], world_size: int | None) -> RunConfig:
+    """Return a recipe with its overrides applied and everything checked that needs no process group."""
+    config = apply_overrides(find_recipe(name)(), overrides)
+    check_run(config, world_size if world_size is not None else config.world_size)
+    return config
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    if arguments.list:
+        for name, function in all_recipes().items():
+            print(f"{name:<44} {(inspect.getdoc(function) or '').splitlines()[0]}")
+        return 0
+    try:
+        if not arguments.name:
+            raise ValueError("name a recipe; --list shows them")
+        config = resolve(arguments.name, arguments.overrides, arguments.nproc_per_node or _world_size())
+        if arguments.check:
+            print(json.dumps(config.to_json(), indent=2))
+            return 0
+        if arguments.run_dir is None:
+            raise ValueError("--run-dir is missing: it names the folder for checkpoints, metrics and the exported student")
+    except ValueError as error:
+        return _mistake(error)
+    if arguments.nproc_per_node and _world_size() is None:
+        return launch_local([arguments.name, "--run-dir", str(arguments.run_dir), *arguments.overrides], arguments.nproc_per_node)
+    return _run(arguments.name, config, arguments.run_dir)
+
+
+def _run(name: str, config: RunConfig, run_dir: Path) -> int:
+    opd_megatron.silence_known_warnings()
+    from opd_megatron.training.job import run_job
+
+    try:
+        return EXIT_INTERRUPTED if run_job(name, config, run_dir) == "interrupted" else 0
+    except ValueError as error:
+        code = _mistake(error)
+    except Exception as error:
+        code = _crash(error)
+    # Peers may be gone: an orderly shutdown of the process groups would wait for them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _mistake(error: ValueError) -> int:
+    """Print the message once: mistakes are found by all ranks alike, and rank 0 must be heard before the launcher ends the others."""
+    if _rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave_cause(str(error))
+    else:
+        time.sleep(1)
+    return EXIT_MISTAKE
+
+
+def _crash(error: Exception) -> int:
+    """Print what happened, the cause last. A rank that only lost its peers says so in a line, and late: the cause is elsewhere."""
+    if re.search(r"connection (closed|reset) by peer", str(error), re.IGNORECASE):
+        time.sleep(1)
+        print(f"rank {_rank()}: lost another rank ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+        return EXIT_CRASH
+    traceback.print_exc()
+    _leave_cause(f"{type(error).__name__}: {error}")
+    return EXIT_CRASH
+
+
+def _leave_cause(message: str) -> None:
+    """Leave the message where torchrun, and our own launcher, look for the root cause of a failure."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        cause = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": cause}))
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m recipes.run", description="Run a recipe.")
+    parser.add_argument("name", nargs="?", help="recipe name")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe, e.g. training.steps=10")
+    parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
+    parser.add_argument("--check", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--run-dir", type=Path, help="folder of this run; an existing one is resumed")
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="start N ranks on this machine; not under torchrun or srun")
+    return parser.parse_intermixed_args()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _world_size() -> int | None:
+    """Return the size of the job this process is part of; None outside of one, where the recipe's own size is checked."""
+    size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
+    return int(size) if size else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Write two untrained Hugging Face folders, a teacher and a smaller student of the Qwen3 architecture, for the CPU recipes.
+
+    python tools/make_tiny_models.py --out runs/tiny
+
+The tokenizer is byte level without merges, so any text round-trips; the fixed words of the demonstration task are single tokens,
+which keeps its prompts at about 14 tokens. `make models` trains both (recipes tiny_teacher and tiny_student).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PHRASES = ("Spell this word backward (example: sun -> nus): ", "user\n", "assistant\n")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = {
+    "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "tie_word_embeddings": False},
+    "student": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 16, "tie_word_embeddings": True},
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the byte-level tokenizer with the ChatML template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def write_model(out: Path, role: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Write one randomly initialized model with its tokenizer."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+        **SIZES[role],
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write two untrained tiny Qwen3 models with one tokenizer.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for teacher/ and student/")
+    parser.add_argument("--seed", type=int, default=1234)
+    arguments = parser.parse_args()
+    tokenizer = tiny_tokenizer()
+    for role in SIZES:
+        write_model(arguments.out / role, role, tokenizer, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
