@@ -1,0 +1,45 @@
+"""Tiny models and tokenizers for tests, made on the spot by transformers itself with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tools.make_tiny_models import tiny_tokenizer
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    # A head dimension that is not hidden / heads.
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+}
+
+
+def write_tiny_model(folder: Path, family: str = "qwen3", *, tied: bool = False, vocab_size: int = 262, seed: int = 0, scale: float = 1.0, **changes: Any) -> Path:
+    """Write a Hugging Face folder of 4 layers, 4 heads in 2 key-value groups; norms and biases are random too, so that no swap goes unseen."""
+    config_class, model_class, extra = _FAMILIES[family]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = {"vocab_size": vocab_size, "max_position_embeddings": 256, "dtype": "float32", "tie_word_embeddings": tied, **sizes, **extra, **changes}
+    torch.manual_seed(seed)
+    model = model_class(config_class(**settings, eos_token_id=258, bos_token_id=None, pad_token_id=256))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(-0.5, 0.5).add_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.mul_(3.0 * scale)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
