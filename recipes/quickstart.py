@@ -55,3 +55,18 @@ def tiny_teacher() -> RunConfig:
 def tiny_student() -> RunConfig:
     """Make the quickstart's student: a short supervised warm-up of a model a sixth the teacher's size."""
     return _warm_up("runs/tiny/student", steps=120, learning_rate=3e-3)
+
+
+def quickstart() -> RunConfig:
+    """Distil the tiny teacher into the tiny student on its own rollouts: 4 ranks, student TP2 x PP2, teacher TP1 x DP4."""
+    return RunConfig(
+        world_size=4,
+        student=StudentConfig(hf="recipes/assets/tiny_student", layout=ParallelLayout(tensor=2, pipeline=2), vocab_multiple=1),
+        teacher=TeacherConfig(hf="recipes/assets/tiny_teacher", micro_batch=64),
+        data=_spelling(batch_prompts=64),
+        rollout=RolloutConfig(max_response_tokens=12, batch_sequences=512),
+        loss=LossConfig(kind="reverse_kl"),
+        training=TrainingConfig(steps=120, micro_batch=32, learning_rate=2e-3, min_learning_rate=1e-4, warmup_steps=5, lr_schedule="cosine", precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=40),
+        evaluation=EvaluationConfig(every_steps=20),
+    )

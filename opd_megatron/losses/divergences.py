@@ -1,4 +1,3 @@
-# ruff: noqa: N815
 """Divergences between a student's and a teacher's next-token distribution, with the vocabulary split across tensor-parallel ranks.
 
 Shapes: T tokens, V vocabulary, W = this rank's slice of V. p is the student's distribution, q the teacher's, both at the loss temperature.
@@ -21,7 +20,16 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, compute_dtype, require_same, token_chunks, vocab_shard, weighted_sum
+from opd_megatron.losses.vocab_parallel import (
+    CHUNK_MIN_TOKENS,
+    ShardSoftmax,
+    VocabShard,
+    compute_dtype,
+    require_same,
+    token_chunks,
+    vocab_shard,
+    weighted_sum,
+)
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
@@ -124,7 +132,7 @@ def _jsd_terms(student: ShardSoftmax, teacher: ShardSoftmax, beta: float) -> tup
     This never overflows, and it is exactly 0 where p = q.
     """
     gap_TW = teacher.logp_TW - student.logp_TW
-    weight_TW = torch.where(gap_TW > 0, 1 - beta, beta).to(gap_TW.dtype)
+    weight_TW = (gap_TW > 0).to(gap_TW.dtype).mul_(1 - 2 * beta).add_(beta)
     mixture_TW = gap_TW.abs().neg_().expm1_().mul_(weight_TW).log1p_()
     slope_TW = _xlog(student.prob_TW, -(gap_TW.clamp(min=0) + mixture_TW)).mul_(1 - beta)
     teacher_TW = _xlog(teacher.prob_TW, gap_TW.clamp(max=0).sub_(mixture_TW))
@@ -169,12 +177,18 @@ class _VocabParallelDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits_TW: torch.Tensor, teacher_logits_TW: torch.Tensor, divergence: Divergence, shard: VocabShard, temperature: float
+        ctx: Any,
+        student_logits_TW: torch.Tensor,
+        teacher_logits_TW: torch.Tensor,
+        divergence: Divergence,
+        shard: VocabShard,
+        temperature: float,
+        chunk_tokens: int | None,
     ) -> torch.Tensor:
         num_tokens, num_columns = student_logits_TW.shape
         saved_5T = student_logits_TW.new_empty((5, num_tokens), dtype=compute_dtype(student_logits_TW))
         divergence_T = torch.empty_like(saved_5T[0])
-        for rows in token_chunks(num_tokens, num_columns, student_logits_TW.device):
+        for rows in token_chunks(num_tokens, num_columns, student_logits_TW.device, chunk_tokens):
             student = _chunk_softmax(student_logits_TW[rows], shard, temperature)
             teacher = _chunk_softmax(teacher_logits_TW[rows], shard, temperature)
             maxima = shift_to_max_(student, teacher, shard)
@@ -182,7 +196,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
             divergence_T[rows] = chunk.value_T
             saved_5T[:, rows] = torch.stack([*maxima, *masses, chunk.correction_T])
         ctx.save_for_backward(student_logits_TW, teacher_logits_TW, saved_5T)
-        ctx.divergence, ctx.shard, ctx.temperature = divergence, shard, temperature
+        ctx.divergence, ctx.shard, ctx.temperature, ctx.chunk_tokens = divergence, shard, temperature, chunk_tokens
         return divergence_T
 
     @staticmethod
@@ -191,7 +205,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
         student_logits_TW, teacher_logits_TW, saved_5T = ctx.saved_tensors
         grad_TW = torch.zeros_like(student_logits_TW)
         num_tokens, num_columns = student_logits_TW.shape
-        for rows in token_chunks(num_tokens, num_columns, student_logits_TW.device):
+        for rows in token_chunks(num_tokens, num_columns, student_logits_TW.device, ctx.chunk_tokens):
             student_max_T, teacher_max_T, student_mass_T, teacher_mass_T, correction_T = saved_5T[:, rows]
             student = _chunk_softmax(student_logits_TW[rows], ctx.shard, ctx.temperature)
             student.shift_(student_max_T)
@@ -202,7 +216,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
             # Slopes and probabilities are local to the slice and the correction is already a global sum: nothing is sent.
             chunk_TW = ctx.divergence.gradient(student, teacher, ChunkDivergence(correction_T, correction_T))
             grad_TW[rows, : ctx.shard.width] = chunk_TW.mul_((grad_T[rows] / ctx.temperature)[:, None])
-        return grad_TW, None, None, None, None
+        return grad_TW, None, None, None, None, None
 
 
 def _chunk_softmax(logits_TW: torch.Tensor, shard: VocabShard, temperature: float) -> ShardSoftmax:
@@ -234,7 +248,7 @@ def vocab_parallel_divergence(
     masked in both models, with a gradient of exactly 0. `kind`, `beta` and `pointwise_clip` are those of `Divergence`; `temperature` divides
     both models' logits, and no factor of its square is applied. The result is the same on all ranks of the group, each of which must run the
     backward on it. A row that is fully masked in either model has divergence 0 and gradient 0.
-    `shard_start`, the global id of the first column, is needed only for a `vocab_size` over shards of uneven width.
+    Shards of uneven width need `shard_start`, the global id of the first column, on every rank.
     Raises ValueError for arguments that disagree, an unknown kind, a beta outside [0, 1] or a temperature that is not positive.
     """
     divergence = Divergence(kind=kind, beta=beta, pointwise_clip=pointwise_clip)
@@ -248,4 +262,6 @@ def vocab_parallel_divergence(
     if student_logits_TW.dim() != 2:
         raise ValueError(f"student_logits_TW must be [tokens, columns], not of shape {tuple(student_logits_TW.shape)}")
     shard = vocab_shard(student_logits_TW.size(1), tp_group=tp_group, vocab_size=vocab_size, start=shard_start)
-    return _VocabParallelDivergence.apply(student_logits_TW, teacher_logits_TW, divergence, shard, temperature)
+    # All ranks must cut the tokens alike, so a chunk may follow from W only where W is the same everywhere.
+    chunk_tokens = None if shard_start is None else CHUNK_MIN_TOKENS
+    return _VocabParallelDivergence.apply(student_logits_TW, teacher_logits_TW, divergence, shard, temperature, chunk_tokens)

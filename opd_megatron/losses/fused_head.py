@@ -1,4 +1,3 @@
-# ruff: noqa: N815
 """LM head and loss in one function: hidden states in, their gradient and the head's out, and never a [T, V] tensor.
 
 Shapes: T tokens, N tokens of one chunk, V vocabulary, W = this rank's slice of V, H / G = student / teacher hidden size.
@@ -288,7 +287,8 @@ def _chunk_softmax(hidden_NH: torch.Tensor, head_WH: torch.Tensor, shard: VocabS
 
 def _require_head(model: str, hidden_TH: torch.Tensor, head_WH: torch.Tensor) -> None:
     """Raise ValueError unless hidden states and head of one model fit together."""
-    hidden, head = (f"{model}_hidden_TH", f"{model}_head_WH") if model == "student" else (f"{model}_hidden_TG", f"{model}_head_WG")
+    size = "H" if model == "student" else "G"
+    hidden, head = f"{model}_hidden_T{size}", f"{model}_head_W{size}"
     if hidden_TH.dim() != 2 or head_WH.dim() != 2:
         raise ValueError(f"{hidden} and {head} must be matrices, not of shapes {tuple(hidden_TH.shape)} and {tuple(head_WH.shape)}")
     require_same("hidden sizes", hidden, hidden_TH.size(1), head, head_WH.size(1))

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-# Size of one fp32 [chunk, W] tensor. A handful of them live at once. On CPU a chunk that stays near the caches beats a large one;
-# on an accelerator the products need a thousand rows or more, because every chunk reads the head and updates its gradient once.
+# Size of one fp32 [chunk, W] tensor, of which about five live at once. On CPU a chunk that stays near the caches is faster than a large one.
+# A chunk also reads both heads and updates the head's gradient once, which few rows do not pay for: an accelerator wants about a thousand.
 CHUNK_BYTES = {"cpu": 8 << 20, "accelerator": 512 << 20}
+CHUNK_MIN_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,22 @@ class VocabShard:
 
     def max(self, *values_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the maximum over the ranks of each value, in one collective. It only shifts exponents, so no gradient passes through it."""
-        return self._reduce(values_T, dist.ReduceOp.MAX)
+        return self._all_reduce(values_T, dist.ReduceOp.MAX, values_T[0].dtype)
 
     def sum(self, *values_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the sum over the ranks of each value, in one collective. The losses write their backward by hand, so it has none of its own."""
-        return self._reduce(values_T, dist.ReduceOp.SUM)
+        """Return the sum over the ranks of each value, in one collective. The losses write their backward by hand, so it has none of its own.
 
-    def _reduce(self, values_T: tuple[torch.Tensor, ...], operation: dist.ReduceOp.RedOpType) -> tuple[torch.Tensor, ...]:
+        Added in fp64: a ring adds each stretch of its buffer in another order of the ranks, and in fp32 equal summands at two places of the
+        buffer would get unequal sums. A model would then diverge from itself.
+        """
+        return self._all_reduce(values_T, dist.ReduceOp.SUM, torch.float64)
+
+    def _all_reduce(self, values_T: tuple[torch.Tensor, ...], operation: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         if self.tp_group is None or self.tp_group.size() == 1:
             return values_T
-        packed = torch.stack(values_T)
+        packed = torch.stack(values_T).to(dtype)
         dist.all_reduce(packed, op=operation, group=self.tp_group)
-        return packed.unbind()
+        return packed.to(values_T[0].dtype).unbind()
 
 
 def vocab_shard(num_columns: int, *, tp_group: dist.ProcessGroup | None, vocab_size: int | None, start: int | None = None) -> VocabShard:
@@ -62,7 +67,7 @@ def token_chunks(num_tokens: int, num_columns: int, device: torch.device, chunk_
     """Yield row slices of `chunk_tokens`, by default as many rows as fit CHUNK_BYTES. All ranks of a group must cut alike: same T, same W."""
     if chunk_tokens is None:
         budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "accelerator"]
-        chunk_tokens = max(1, budget // (4 * max(num_columns, 1)))
+        chunk_tokens = max(CHUNK_MIN_TOKENS, budget // (4 * max(num_columns, 1)))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1, or None for the default")
     return (slice(first, min(first + chunk_tokens, num_tokens)) for first in range(0, num_tokens, chunk_tokens))
@@ -130,8 +135,8 @@ def weighted_sum(weight_TW: torch.Tensor, value_TW: torch.Tensor) -> torch.Tenso
 
 
 def entropy(moment_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats, log a - (sum_v e^{u_v} u_v) / a, where a is the mass; 0 for a fully masked row."""
-    return (mass_T.log() - moment_T / mass_T).masked_fill_(mass_T == 0, 0)
+    """Return the entropy in nats, log a - (sum_v e^{u_v} u_v) / a, where a is the mass."""
+    return mass_T.log() - moment_T / mass_T
 
 
 def picked_logp(logit_T: torch.Tensor, owners_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:

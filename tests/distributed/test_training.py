@@ -1,0 +1,236 @@
+"""One step, the same in every layout; runs that resume bit for bit; steps that must change nothing.
+
+Not covered: GPUs, bf16 across layouts (its rounding differs by design), more than 4 ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from opd_megatron.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ParallelLayout,
+    RolloutConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from opd_megatron.training.job import run_job
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student and a teacher folder, and prompts of uneven length."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "student", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=2)
+    write_tiny_model(folder / "teacher", tied=False, vocab_size=263, seed=2, scale=0.5, hidden_size=96)
+    rows = [{"prompt": "count " + "abc"[: 1 + i % 3] * (1 + i % 5), "answer": str(i)} for i in range(64)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def _config(models: Path, **layout: Any) -> RunConfig:
+    return RunConfig(
+        student=StudentConfig(hf=str(models / "student"), layout=ParallelLayout(**layout), vocab_multiple=4),
+        teacher=TeacherConfig(hf=str(models / "teacher"), micro_batch=3),
+        data=DataConfig(prompts=str(models / "prompts.jsonl"), batch_prompts=8, max_prompt_tokens=64, grader="exact"),
+        rollout=RolloutConfig(max_response_tokens=10),
+        training=TrainingConfig(steps=3, micro_batch=2, learning_rate=1e-3, precision="fp32"),
+        evaluation=EvaluationConfig(prompts=0),
+    )
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _job(config: RunConfig, run: Path) -> str:
+    return run_job("test", config, run)
+
+
+def _state(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run / "hf" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def recorded(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A single-process run whose rollouts the other layouts replay."""
+    run = tmp_path_factory.mktemp("recorded") / "run"
+    config = _config(models)
+    pool.run(_job, dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, record=True)), run, world_size=1)
+    return run
+
+
+LAYOUTS = {
+    "TP2": ({"tensor": 2}, {}, 2),
+    "TP2+SP": ({"tensor": 2, "sequence": True}, {}, 2),
+    "PP2": ({"pipeline": 2}, {}, 2),
+    "TP2xPP2": ({"tensor": 2, "pipeline": 2}, {}, 4),
+    "TP2xPP2+SP, teacher PP2": ({"tensor": 2, "pipeline": 2, "sequence": True}, {"pipeline": 2}, 4),
+    "DP2": ({}, {}, 2),
+    "DP2xPP2, teacher TP2": ({"pipeline": 2}, {"tensor": 2}, 4),
+    "TP2xDP2, teacher TP2xPP2": ({"tensor": 2}, {"tensor": 2, "pipeline": 2}, 4),
+    "DP4, teacher TP2": ({}, {"tensor": 2}, 4),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_losses_and_gradient_norms(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+    student, teacher, world_size = LAYOUTS[name]
+    config = _config(models, **student)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, replay=str(recorded)),
+        teacher=dataclasses.replace(config.teacher, layout=ParallelLayout(**teacher)),
+    )
+    pool.run(_job, config, tmp_path / "run", world_size=world_size)
+    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        # fp32 sums in another order; 1e-5 is what the project promises.
+        for key in ("loss", "divergence", "grad_norm", "student_entropy"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+        assert ours["response_tokens"] == reference["response_tokens"]
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "TP2xPP2+SP, teacher PP2"])
+def test_every_layout_writes_the_same_first_rollouts(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+    student, _, world_size = LAYOUTS[name]
+    config = _config(models, **student)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, record=True), training=dataclasses.replace(config.training, steps=1))
+    pool.run(_job, config, tmp_path / "run", world_size=world_size)
+    ours, reference = ([json.loads(line) for line in (run / "rollouts" / "step_1.jsonl").read_text().splitlines()] for run in (tmp_path / "run", recorded))
+    assert [sample["response_ids"] for sample in ours] == [sample["response_ids"] for sample in reference]
+    for one, other in zip(ours, reference, strict=True):
+        assert one["sampled_logp"] == pytest.approx(other["sampled_logp"], abs=1e-5)
+
+
+def test_recomputed_log_probabilities_are_those_of_the_sampler(recorded: Path) -> None:
+    # Cached decoding and a full forward differ by rounding only.
+    assert all(0 < step["rollout_drift_max"] < 1e-4 for step in _metrics(recorded))
+
+
+@pytest.mark.parametrize("name", ["TP2", "TP2xPP2", "DP2"])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(models: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+    student, _, world_size = LAYOUTS[name]
+    config = dataclasses.replace(_config(models, **student), checkpoint=CheckpointConfig(every_steps=2))
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=5))
+    pool.run(_job, longer, tmp_path / "whole", world_size=world_size)
+    pool.run(_stop_after, longer, tmp_path / "parts", 3, world_size=world_size)
+    assert (tmp_path / "parts" / "status").read_text().strip() == "interrupted"
+    pool.run(_job, longer, tmp_path / "parts", world_size=world_size)
+    whole, parts = _state(tmp_path / "whole"), _state(tmp_path / "parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert [step["loss"] for step in _metrics(tmp_path / "whole")] == [step["loss"] for step in _metrics(tmp_path / "parts")]
+
+
+def _stop_after(config: RunConfig, run: Path, steps: int) -> str:
+    """Send this process the signal of a preemption once `steps` steps are done, on one rank only."""
+    import os
+    import signal
+
+    from opd_megatron.training.trainer import Trainer
+
+    original = Trainer.step
+
+    def step(self: Trainer, number: int) -> dict[str, float | int]:
+        metrics = original(self, number)
+        if number == steps and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    Trainer.step = step  # type: ignore[method-assign]
+    try:
+        return run_job("test", config, run)
+    finally:
+        Trainer.step = original  # type: ignore[method-assign]
+
+
+def test_a_run_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _config(models, tensor=2, pipeline=2)
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
+    pool.run(_job, longer, tmp_path / "whole", world_size=4)
+    pool.run(_stop_after, longer, tmp_path / "parts", 2, world_size=4)
+    other = dataclasses.replace(longer, student=dataclasses.replace(longer.student, layout=ParallelLayout()))
+    pool.run(_job, other, tmp_path / "parts", world_size=2)
+    whole, parts = _metrics(tmp_path / "whole"), _metrics(tmp_path / "parts")
+    assert [step["step"] for step in parts] == [1, 2, 3, 4]
+    for one, two in zip(whole, parts, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def _with_broken_steps(config: RunConfig, run: Path, broken: tuple[int, ...]) -> tuple[str, list[float]]:
+    """Poison the teacher's hidden states at some steps, and return the weights' checksum after each step."""
+    from opd_megatron.teacher.teacher import Teacher
+    from opd_megatron.training.trainer import Trainer
+
+    score, step = Teacher.score, Trainer.step
+    checksums, calls = [], [0]
+
+    def poisoned(self: Teacher, rollouts: Any) -> dict[int, torch.Tensor]:
+        hidden = score(self, rollouts)
+        # The self-test scores once before step 1.
+        calls[0] += 1
+        if calls[0] - 1 in broken and hidden:
+            hidden[min(hidden)][0, 0] = float("nan")
+        return hidden
+
+    def observed(self: Trainer, number: int) -> dict[str, float | int]:
+        metrics = step(self, number)
+        checksums.append(float(sum(parameter.double().abs().sum() for parameter in self.student.model.parameters())))
+        return metrics
+
+    Teacher.score, Trainer.step = poisoned, observed  # type: ignore[method-assign]
+    try:
+        return run_job("test", config, run), checksums
+    finally:
+        Teacher.score, Trainer.step = score, step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(models: Path, pool: RankPool, tmp_path: Path, layout: dict[str, int]) -> None:
+    for status, checksums in pool.run(_with_broken_steps, _config(models, **layout), tmp_path / "run", (2,), world_size=2):
+        assert status == "finished"
+        assert checksums[0] == checksums[1] != checksums[2]
+    steps = _metrics(tmp_path / "run")
+    assert [step["skipped_steps"] for step in steps] == [0, 1, 1]
+    assert steps[1]["loss"] is None
+    assert steps[1]["loss_nonfinite"] == "nan"
+
+
+def _expect_too_many_skips(config: RunConfig, run: Path) -> str:
+    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+        _with_broken_steps(config, run, (1, 2))
+    dist.barrier()
+    return (run / "status").read_text().strip()
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _config(models, tensor=2)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, max_skipped_steps=2))
+    assert set(pool.run(_expect_too_many_skips, config, tmp_path / "run", world_size=2)) == {"crashed"}
+
+
+def test_old_checkpoints_are_dropped(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = dataclasses.replace(_config(models), checkpoint=CheckpointConfig(every_steps=1, keep=2))
+    pool.run(_job, config, tmp_path / "run", world_size=1)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_2", "step_3"]
+
+
+def test_bf16_trains_with_fp32_masters(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _config(models, tensor=2, pipeline=2, sequence=True)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16", steps=2))
+    pool.run(_job, config, tmp_path / "run", world_size=4)
+    assert all(torch.isfinite(torch.tensor(step["loss"])) and step["skipped_steps"] == 0 for step in _metrics(tmp_path / "run"))
