@@ -13,6 +13,8 @@ def silence_known_warnings() -> None:
         # Its gradient hooks look at `.grad` of views, and its collectives have newer names in torch.
         "The .grad attribute of a Tensor that is not a leaf.*",
         "`torch.distributed.* is deprecated.*",
+        # Advice for GPUs of one generation; where it applies, the launcher sets the variable.
+        "When using async grad allreduce it is recommended.*",
         # A checkpoint is read by one process on purpose.
         "torch.distributed is disabled, unavailable or uninitialized.*",
     ):

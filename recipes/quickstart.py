@@ -16,45 +16,41 @@ from opd_megatron.config import (
 )
 
 
-def _spelling(batch_prompts: int) -> DataConfig:
+_LONGEST_WORD = 7
+
+
+def _spelling(batch_prompts: int, longest_word: int = _LONGEST_WORD) -> DataConfig:
     return DataConfig(
         prompts="reasoning_gym:spell_backward",
-        task_options={"min_word_len": 3, "max_word_len": 7},
-        task_size=40_000,
+        task_options={"min_word_len": 3, "max_word_len": longest_word},
+        task_size=20_000,
         batch_prompts=batch_prompts,
         max_prompt_tokens=64,
     )
 
 
-def _warm_up(model: str, *, steps: int, learning_rate: float) -> RunConfig:
+def _supervised(model: str, *, steps: int, data: DataConfig) -> RunConfig:
     return RunConfig(
         world_size=2,
         student=StudentConfig(hf=model, vocab_multiple=1),
-        data=_spelling(batch_prompts=128),
-        rollout=RolloutConfig(max_response_tokens=16),
+        data=data,
+        rollout=RolloutConfig(max_response_tokens=12, batch_sequences=512),
         training=TrainingConfig(
-            objective="sft",
-            steps=steps,
-            micro_batch=64,
-            learning_rate=learning_rate,
-            min_learning_rate=learning_rate / 30,
-            warmup_steps=20,
-            lr_schedule="cosine",
-            precision="fp32",
+            objective="sft", steps=steps, micro_batch=64, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=5, lr_schedule="cosine", precision="fp32"
         ),
         checkpoint=CheckpointConfig(keep=1),
-        evaluation=EvaluationConfig(every_steps=100),
+        evaluation=EvaluationConfig(every_steps=50),
     )
 
 
 def tiny_teacher() -> RunConfig:
-    """Make the quickstart's teacher: supervised fine-tuning from random weights, 2 data-parallel ranks."""
-    return _warm_up("runs/tiny/teacher", steps=600, learning_rate=3e-3)
+    """Make the quickstart's teacher: supervised fine-tuning from random weights on words of 3 to 7 letters."""
+    return _supervised("runs/tiny/teacher", steps=500, data=_spelling(128))
 
 
 def tiny_student() -> RunConfig:
-    """Make the quickstart's student: a short supervised warm-up of a model a sixth the teacher's size."""
-    return _warm_up("runs/tiny/student", steps=120, learning_rate=3e-3)
+    """Make the quickstart's student, a third of the teacher's size: a warm-up on words of 3 to 5 letters only."""
+    return _supervised("runs/tiny/student", steps=200, data=_spelling(128, longest_word=5))
 
 
 def quickstart() -> RunConfig:
@@ -63,10 +59,15 @@ def quickstart() -> RunConfig:
         world_size=4,
         student=StudentConfig(hf="recipes/assets/tiny_student", layout=ParallelLayout(tensor=2, pipeline=2), vocab_multiple=1),
         teacher=TeacherConfig(hf="recipes/assets/tiny_teacher", micro_batch=64),
-        data=_spelling(batch_prompts=64),
+        data=_spelling(128),
         rollout=RolloutConfig(max_response_tokens=12, batch_sequences=512),
-        loss=LossConfig(kind="reverse_kl"),
-        training=TrainingConfig(steps=120, micro_batch=32, learning_rate=2e-3, min_learning_rate=1e-4, warmup_steps=5, lr_schedule="cosine", precision="fp32"),
-        checkpoint=CheckpointConfig(every_steps=40),
+        loss=LossConfig(kind="forward_kl"),
+        training=TrainingConfig(steps=100, micro_batch=64, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=5, lr_schedule="cosine", precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=50),
         evaluation=EvaluationConfig(every_steps=20),
     )
+
+
+def quickstart_sft() -> RunConfig:
+    """What supervised fine-tuning makes of the quickstart's student in as many steps on the reference answers."""
+    return _supervised("recipes/assets/tiny_student", steps=100, data=_spelling(128))

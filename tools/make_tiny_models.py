@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 )
 SIZES = {
     "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "tie_word_embeddings": False},
-    "student": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 16, "tie_word_embeddings": True},
+    "student": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 24, "tie_word_embeddings": True},
 }
 
 
