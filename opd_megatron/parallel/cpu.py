@@ -60,7 +60,7 @@ def enable_cpu_backend() -> bool:
     torch.cuda.synchronize = lambda *_args, **_kwargs: None  # type: ignore[assignment]
     # The model-parallel random number tracker forks the device generator.
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[assignment]
     # Without CUDA this queues a lazy call: a silent no-op, and the tracker would not fork.
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
     _mode = _CudaToCpu()

@@ -40,9 +40,15 @@ MAY_CHANGE = (
 
 
 def run_job(recipe: str, config: RunConfig, run_dir: Path) -> Literal["finished", "interrupted"]:
-    """Run one configuration into one run directory; ValueError for the user's mistakes, anything else is a crash."""
+    """Join the job, run one configuration into one run directory, leave; ValueError for the user's mistakes, anything else is a crash."""
     _quiet_libraries()
-    device = join_world()
+    status = run_in_world(recipe, config, run_dir, join_world())
+    leave_world()
+    return status
+
+
+def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.device) -> Literal["finished", "interrupted"]:
+    """The same, for ranks that have joined and stay."""
     # Models, tokenizers and data are opened before the run directory is touched: a mistake in them leaves nothing behind.
     sources = open_sources(config)
     directory = _open_directory(recipe, config, run_dir)
@@ -52,7 +58,6 @@ def run_job(recipe: str, config: RunConfig, run_dir: Path) -> Literal["finished"
         _write_status(directory, "crashed")
         raise
     _write_status(directory, status)
-    leave_world()
     return status
 
 

@@ -25,7 +25,7 @@ from opd_megatron.config import (
     TeacherConfig,
     TrainingConfig,
 )
-from opd_megatron.training.job import run_job
+from opd_megatron.training.job import run_in_world
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -57,7 +57,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 
 def _job(config: RunConfig, run: Path) -> str:
-    return run_job("test", config, run)
+    return run_in_world("test", config, run, torch.device("cpu"))
 
 
 def _state(run: Path) -> dict[str, torch.Tensor]:
@@ -153,7 +153,7 @@ def _stop_after(config: RunConfig, run: Path, steps: int) -> str:
 
     Trainer.step = step  # type: ignore[method-assign]
     try:
-        return run_job("test", config, run)
+        return run_in_world("test", config, run, torch.device("cpu"))
     finally:
         Trainer.step = original  # type: ignore[method-assign]
 
@@ -194,7 +194,7 @@ def _with_broken_steps(config: RunConfig, run: Path, broken: tuple[int, ...]) ->
 
     Teacher.score, Trainer.step = poisoned, observed  # type: ignore[method-assign]
     try:
-        return run_job("test", config, run), checksums
+        return run_in_world("test", config, run, torch.device("cpu")), checksums
     finally:
         Teacher.score, Trainer.step = score, step  # type: ignore[method-assign]
 
