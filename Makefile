@@ -19,8 +19,16 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	touch $(STAMP)
 
 quickstart: setup
-	$(RUN) -m recipes.run quickstart --check > /dev/null
-	$(VENV)/bin/torchrun --standalone --nproc-per-node 4 -m recipes.run quickstart --run-dir $(QUICKSTART_DIR)
+	$(RUN) -m recipes.run quickstart --nproc-per-node 4 --run-dir $(QUICKSTART_DIR) $(QUICKSTART_OPTIONS)
+	$(RUN) tools/show_answers.py $(QUICKSTART_DIR)
+
+# Remake the two models that the quickstart starts from: recipes/assets/tiny_teacher and tiny_student.
+models: setup
+	$(RUN) tools/make_tiny_models.py --out runs/tiny
+	for name in tiny_teacher tiny_student; do \
+	  $(RUN) -m recipes.run $$name --nproc-per-node 2 --run-dir runs/$$name && \
+	  rm -rf recipes/assets/$$name && cp -r runs/$$name/hf recipes/assets/$$name || exit; \
+	done
 
 test: setup
 	$(RUN) -m pytest -m "not slow and not gpu"

@@ -118,7 +118,8 @@ def _crash(error: Exception) -> int:
     """Print what happened, the cause last. A rank that only lost its peers says so in a line, and late: the cause is elsewhere."""
     if re.search(r"connection (closed|reset) by peer", str(error), re.IGNORECASE):
         time.sleep(1)
-        print(f"rank {_rank()}: lost another rank ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+        reason = str(error).splitlines()[0].partition(". This is typically")[0]
+        print(f"rank {_rank()}: lost another rank ({reason})", file=sys.stderr, flush=True)
         return EXIT_CRASH
     traceback.print_exc()
     _leave_cause(f"{type(error).__name__}: {error}")

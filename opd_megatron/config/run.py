@@ -178,7 +178,7 @@ class TrainingConfig:
             0 <= self.min_learning_rate <= self.learning_rate,
             f"training.min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}",
         )
-        _require(0 <= self.warmup_steps < self.steps, f"training.warmup_steps={self.warmup_steps} must be at least 0 and below steps={self.steps}")
+        _require(self.warmup_steps >= 0, f"training.warmup_steps={self.warmup_steps} must not be negative")
         _require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
         _require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
 

@@ -68,7 +68,8 @@ class CheckpointFolder:
         needed_bytes = _checkpoint_bytes(student)
         with shared_errors():
             if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                for unfinished in self.path.glob("step_*.partial"):
+                    shutil.rmtree(unfinished)
                 partial.mkdir(parents=True)
                 free_bytes = shutil.disk_usage(partial).free
                 if free_bytes < needed_bytes:

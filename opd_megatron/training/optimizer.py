@@ -39,7 +39,8 @@ def build_optimizer(model: DistributedDataParallel, training: TrainingConfig) ->
         max_lr=training.learning_rate,
         min_lr=training.min_learning_rate,
         lr_warmup_steps=training.warmup_steps,
-        lr_decay_steps=training.steps,
+        # A run shorter than its warm-up, as a trial may be, just does not finish it.
+        lr_decay_steps=max(training.steps, training.warmup_steps + 1),
         lr_decay_style=training.lr_schedule,
         start_wd=training.weight_decay,
         end_wd=training.weight_decay,

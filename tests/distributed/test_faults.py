@@ -1,0 +1,212 @@
+"""What goes wrong from outside: a killed rank, a stop signal, a full disk, and a user's mistakes, with exit codes and last lines.
+
+Whole runs in processes of their own, started as a user starts them. Not covered: a lost node, a hung rank, NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from opd_megatron.config import CheckpointConfig, DataConfig, EvaluationConfig, ParallelLayout, RolloutConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from opd_megatron.training.job import run_in_world
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "student", tied=True, seed=1, scale=0.3, num_hidden_layers=2)
+    write_tiny_model(folder / "teacher", seed=2, scale=0.5, num_hidden_layers=2)
+    rows = [{"prompt": f"say {i}", "answer": str(i)} for i in range(64)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def _command(models: Path, run: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    return [
+        *(sys.executable, "-m", "recipes.run", "quickstart", "--nproc-per-node", str(ranks), "--run-dir", str(run)),
+        *(f"student.hf={models / 'student'}", f"teacher.hf={models / 'teacher'}", f"data.prompts={models / 'prompts.jsonl'}"),
+        *("data.task_options={}", "data.batch_prompts=8", "data.grader=exact", "training.micro_batch=4", "evaluation.prompts=0"),
+        *("student.layout.tensor=1", "student.layout.pipeline=2", "checkpoint.every_steps=2", "teacher.self_test=false"),
+        *overrides,
+    ]
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def _wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def _pid_of_rank(launcher: subprocess.Popen[str], rank: int) -> int:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "hf" / "model.safetensors")
+
+
+def test_a_killed_rank_ends_the_job_and_the_resumed_run_ends_with_the_same_weights(models: Path, tmp_path: Path) -> None:
+    job = _start(_command(models, tmp_path / "killed", "training.steps=12", "checkpoint.every_steps=3"))
+    _wait_for_step(tmp_path / "killed", 5)
+    killed_at = time.monotonic()
+    os.kill(_pid_of_rank(job, 1), signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 30
+    assert job.returncode == 128 + signal.SIGKILL
+    assert output.splitlines()[-1] == "error: rank 1 was killed by SIGKILL"
+    assert (tmp_path / "killed" / "status").read_text().strip() == "crashed"
+
+    for run in ("killed", "whole"):
+        finished = subprocess.run(_command(models, tmp_path / run, "training.steps=12", "checkpoint.every_steps=3"), cwd=ROOT, capture_output=True, text=True, timeout=180)
+        assert finished.returncode == 0, finished.stderr
+    killed, whole = _weights(tmp_path / "killed"), _weights(tmp_path / "whole")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13)), "steps after the last checkpoint are recorded once"
+
+
+def test_a_stop_signal_saves_and_exits_75(models: Path, tmp_path: Path) -> None:
+    job = _start(_command(models, tmp_path / "run", "training.steps=500", "checkpoint.every_steps=0"))
+    _wait_for_step(tmp_path / "run", 3)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert (tmp_path / "run" / "status").read_text().strip() == "interrupted"
+    done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{done}"]
+
+
+def test_a_crash_on_one_rank_is_the_last_line(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    # TensorBoard writes on rank 0 only; a file in its place makes that rank alone fail.
+    (tmp_path / "run" / "tensorboard").write_text("")
+    job = subprocess.run(_command(models, tmp_path / "run"), cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert job.returncode == 1
+    assert job.stderr.splitlines()[-1].startswith("error: rank 0 failed: "), job.stderr[-500:]
+    assert "tensorboard" in job.stderr.splitlines()[-1]
+
+
+MISTAKES = {
+    "other recipe": (["training.steps=1"], "run directory of another recipe"),
+    "other tokenizer": (["teacher.hf={other}"], "tokenizers differ"),
+    "layout and heads": (["student.layout.tensor=4", "student.layout.pipeline=1"], "does not divide the student's 2 key-value heads"),
+    "layout and layers": (["student.layout.pipeline=4"], "does not divide the student's 2 layers"),
+    "layout and world": (["student.layout.pipeline=3"], "world_size=4 is not a multiple"),
+    "empty data": (["data.prompts={empty}"], "empty"),
+    "missing data": (["data.prompts=nowhere.jsonl"], "nowhere.jsonl"),
+    "every prompt too long": (["data.max_prompt_tokens=3"], "max_prompt_tokens"),
+    "unwritable": (["--run-dir", "/proc/nowhere"], "cannot be written"),
+    "truncated shard": (["student.hf={truncated}"], "download it again"),
+    "missing shard": (["student.hf={missing}"], "is missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(models: Path) -> dict[str, str]:
+    """Folders and files that must be refused."""
+    empty = models / "empty.jsonl"
+    empty.write_text("")
+    truncated, missing, other = (write_tiny_model(models / name, seed=1, num_hidden_layers=2) for name in ("truncated", "missing", "other"))
+    data = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(data[:-100])
+    (missing / "model.safetensors").unlink()
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return {"empty": str(empty), "truncated": str(truncated), "missing": str(missing), "other": str(other)}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_exit_2_with_a_message_and_leave_nothing(models: Path, broken: dict[str, str], tmp_path: Path, name: str) -> None:
+    overrides, message = MISTAKES[name]
+    run = tmp_path / "run"
+    if name == "other recipe":
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"recipe": "something_else", "config": {}}))
+    before = sorted(run.rglob("*"))
+    command = _command(models, run, *(word.format(**broken) for word in overrides), ranks=4 if name.startswith("layout") else 2)
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert job.returncode == 2, job.stderr
+    assert message in job.stderr.splitlines()[-1]
+    assert "Traceback" not in job.stderr
+    assert sorted(run.rglob("*")) == before
+
+
+def _config(models: Path, steps: int) -> RunConfig:
+    return RunConfig(
+        student=StudentConfig(hf=str(models / "student"), layout=ParallelLayout(pipeline=2), vocab_multiple=1),
+        teacher=TeacherConfig(hf=str(models / "teacher"), self_test=False),
+        data=DataConfig(prompts=str(models / "prompts.jsonl"), batch_prompts=4, max_prompt_tokens=64, grader="exact"),
+        rollout=RolloutConfig(max_response_tokens=4),
+        training=TrainingConfig(steps=steps, micro_batch=2, learning_rate=1e-3, precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=1, keep=9),
+        evaluation=EvaluationConfig(prompts=0),
+    )
+
+
+def _on_full_disk(config: RunConfig, run: Path, noticed_before: bool) -> str:
+    """Run two steps; from the second save on the disk is full: known in advance, or met in the middle of writing on one rank."""
+    import shutil
+
+    from opd_megatron.training import checkpoint
+    from opd_megatron.training.checkpoint import CheckpointFolder
+
+    original_save, original_usage = CheckpointFolder.save, shutil.disk_usage
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(self: CheckpointFolder, student: object, progress: checkpoint.Progress) -> Path:
+        if progress.step == 2 and noticed_before:
+            shutil.disk_usage = lambda _path: original_usage("/")._replace(free=1000)  # type: ignore[assignment]
+        elif progress.step == 2 and dist.get_rank() == 1:
+            # Files of this process and its writers may not grow beyond a few bytes: every write fails as on a full disk.
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        return original_save(self, student, progress)  # type: ignore[arg-type]
+
+    CheckpointFolder.save = save  # type: ignore[method-assign, assignment]
+    try:
+        run_in_world("test", config, run, torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        CheckpointFolder.save, shutil.disk_usage = original_save, original_usage  # type: ignore[method-assign]
+    return ""
+
+
+def _resume(config: RunConfig, run: Path) -> str:
+    return run_in_world("test", config, run, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("noticed_before", [True, False], ids=["known before", "met while writing"])
+def test_a_full_disk_keeps_the_previous_checkpoint(models: Path, pool: RankPool, tmp_path: Path, noticed_before: bool) -> None:
+    config = _config(models, steps=3)
+    messages = pool.run(_on_full_disk, config, tmp_path / "run", noticed_before, world_size=2)
+    assert all("cannot write checkpoint" in message for message in messages), messages
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1"]
+    assert pool.run(_resume, config, tmp_path / "run", world_size=2) == ["finished", "finished"]

@@ -1,0 +1,372 @@
+"""`KEY=VALUE` words become typed, checked, frozen configurations, and every refusal names the value and a way out.
+
+Not covered: what only the files of a run can tell (tests/unit/test_recipes.py), and what the values do in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_megatron.config import (
+    DataConfig,
+    LossConfig,
+    ParallelLayout,
+    RolloutConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+    all_keys,
+    apply_overrides,
+)
+
+BASE = RunConfig(
+    student=StudentConfig(hf="student"),
+    teacher=TeacherConfig(hf="teacher"),
+    data=DataConfig(prompts="prompts.jsonl", task_options={"min_word_len": 3}),
+)
+WITHOUT_TEACHER = dataclasses.replace(BASE, teacher=None, training=TrainingConfig(objective="sft"))
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value at a dotted key; the last name may be an entry of a mapping."""
+    for name in key.split("."):
+        config = config[name] if isinstance(config, Mapping) else getattr(config, name)
+    return config
+
+
+def as_word(value: Any) -> str:
+    """A value as a user would type it."""
+    if value is None or isinstance(value, bool | Mapping):
+        return json.dumps(value)
+    return str(value)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the nested dictionary of a config. Mappings that are values themselves are told apart by name."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and name not in ("task_options", "chat_template_kwargs"):
+            found |= leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def refusal(*overrides: str, config: RunConfig = BASE) -> str:
+    with pytest.raises(ValueError) as caught:
+        apply_overrides(config, overrides)
+    return str(caught.value)
+
+
+TYPED = [
+    ("training.steps=12", 12),
+    ("training.steps=1_000", 1000),
+    ("seed=-3", -3),
+    ("training.learning_rate=3e-4", 3e-4),
+    ("training.learning_rate=1", 1.0),
+    ("student.layout.tensor=2", 2),
+    *((f"rollout.record={word}", True) for word in ("true", "True", "TRUE", "1", "yes")),
+    *((f"teacher.self_test={word}", False) for word in ("false", "False", "0", "no")),
+    ("loss.kind=jsd", "jsd"),
+    ("training.precision=fp32", "fp32"),
+    ("loss.pointwise_clip=0.5", 0.5),
+    ("loss.chunk_tokens=64", 64),
+    ("rollout.replay=runs/other", "runs/other"),
+    ("data.prompts=folder with = sign.jsonl", "folder with = sign.jsonl"),
+    ("evaluation.prompts=64", 64),
+    ("evaluation.prompts=held_out.jsonl", "held_out.jsonl"),
+    ("data.task_options.max_word_len=5", 5),
+    ("data.task_options.name=abc", "abc"),
+    ("data.task_options.flag=true", True),
+    ("data.task_options.sizes=[1, 2]", [1, 2]),
+    ("data.chat_template_kwargs.enable_thinking=false", False),
+    ('data.task_options={"max_word_len": 5}', {"max_word_len": 5}),
+]
+
+
+@pytest.mark.parametrize(("word", "expected"), TYPED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_value_takes_the_type_of_its_field(word: str, expected: Any) -> None:
+    value = value_of(apply_overrides(BASE, [word]), word.partition("=")[0])
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize("word", ["null", "None", "none", ""])
+def test_an_optional_field_can_be_emptied(word: str) -> None:
+    config = dataclasses.replace(BASE, loss=LossConfig(pointwise_clip=0.5, chunk_tokens=8))
+    config = apply_overrides(config, [f"loss.pointwise_clip={word}", f"loss.chunk_tokens={word}"])
+    assert (config.loss.pointwise_clip, config.loss.chunk_tokens) == (None, None)
+
+
+@given(st.floats(min_value=1e-300, max_value=1e300))
+def test_a_float_arrives_with_every_bit(value: float) -> None:
+    assert apply_overrides(BASE, [f"training.learning_rate={value!r}"]).training.learning_rate == value
+
+
+def test_an_entry_is_added_to_a_mapping_and_a_whole_mapping_replaces_it() -> None:
+    options = "data.task_options"
+    assert apply_overrides(BASE, [f"{options}.max_word_len=5"]).data.task_options == {"min_word_len": 3, "max_word_len": 5}
+    assert apply_overrides(BASE, [f"{options}.min_word_len=4"]).data.task_options == {"min_word_len": 4}
+    assert apply_overrides(BASE, [options + '={"a": 1}']).data.task_options == {"a": 1}
+
+
+@pytest.mark.xfail(strict=True, raises=(TypeError, AssertionError), reason="a mapping and one of its entries in one command: crash, or the first is lost")
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_mapping_and_its_entry_together_are_both_applied_or_refused(order: int) -> None:
+    words = ['data.task_options={"a": 1}', "data.task_options.b=2"][::order]
+    try:
+        config = apply_overrides(BASE, words)
+    except ValueError:
+        return
+    assert config.data.task_options == {"a": 1, "b": 2}
+
+
+def test_overrides_are_applied_at_once() -> None:
+    # Each of these alone is refused: two sources of a student, a warm-up longer than the run, sequence parallelism without tensor.
+    config = apply_overrides(
+        dataclasses.replace(BASE, training=TrainingConfig(steps=100, warmup_steps=20)),
+        ["student.hf=null", "student.checkpoint=X", "training.steps=10", "training.warmup_steps=5", "student.layout.sequence=true", "student.layout.tensor=2"],
+    )
+    assert (config.student.hf, config.student.checkpoint) == (None, "X")
+    assert (config.training.steps, config.training.warmup_steps) == (10, 5)
+    assert config.student.layout == ParallelLayout(tensor=2, sequence=True)
+
+
+def test_nothing_else_changes() -> None:
+    changed = apply_overrides(BASE, ["training.steps=7"])
+    assert changed == dataclasses.replace(BASE, training=dataclasses.replace(BASE.training, steps=7))
+    assert BASE.training.steps == TrainingConfig().steps
+    assert apply_overrides(BASE, []) == BASE
+
+
+def test_the_last_of_two_values_wins() -> None:
+    assert apply_overrides(BASE, ["training.steps=7", "training.steps=9"]).training.steps == 9
+
+
+def test_an_absent_section_is_made_from_overrides_alone() -> None:
+    config = apply_overrides(WITHOUT_TEACHER, ["teacher.checkpoint=T", "teacher.layout.tensor=2", "teacher.self_test=false", "training.objective=opd"])
+    assert config.teacher == TeacherConfig(checkpoint="T", layout=ParallelLayout(tensor=2), self_test=False)
+    assert "name the teacher once" in refusal("teacher.layout.tensor=2", config=WITHOUT_TEACHER)
+
+
+UNKNOWN = {
+    "training.step": "training.steps",
+    "trainning.steps": "training.steps",
+    "learning_rate": "training.learning_rate",
+    "student.layout.tensors": "student.layout.tensor",
+    "rollout.max_tokens": "rollout.max_response_tokens",
+    "teacher.placment": "teacher.placement",
+}
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_an_unknown_key_is_refused_with_the_close_ones(key: str) -> None:
+    message = refusal(f"{key}=1")
+    assert repr(key) in message
+    # A key without its section is close to the last name only.
+    assert UNKNOWN[key] in message or UNKNOWN[key].rpartition(".")[2] in message.partition("did you mean")[2]
+
+
+@pytest.mark.parametrize("key", ["", ".", "zzz.qqq", "training.steps.more", "data.task_options.a.b", "student..hf", "to_json", "student.layout.model_size"])
+def test_a_key_that_is_no_field_is_refused(key: str) -> None:
+    assert f"unknown key {key!r}" in refusal(f"{key}=1")
+
+
+@pytest.mark.parametrize("key", ["student", "student.layout", "teacher", "training"])
+@pytest.mark.parametrize("config", [BASE, WITHOUT_TEACHER], ids=["full", "without teacher"])
+def test_a_section_is_refused_with_its_keys(key: str, config: RunConfig) -> None:
+    message = refusal(f"{key}=1", config=config)
+    section = {"student": StudentConfig, "student.layout": ParallelLayout, "teacher": TeacherConfig, "training": TrainingConfig}[key]
+    assert f"{key!r} is a section" in message
+    assert all(f"{key}.{field.name}" in message for field in dataclasses.fields(section))
+
+
+@pytest.mark.parametrize("word", ["training.steps", "--verbose", "steps:3", ""])
+def test_a_word_without_equals_is_refused_with_an_example(word: str) -> None:
+    assert refusal(word) == f"{word!r} is not KEY=VALUE; write e.g. training.steps=10"
+
+
+# What a user may type -> what the message must contain beside the typed value: the field and the way out.
+BAD_VALUES = [
+    # Wrong types.
+    ("training.steps=many", "training.steps='many' must be an integer"),
+    ("training.steps=1.5", "training.steps='1.5' must be an integer"),
+    ("training.steps=", "training.steps='' must be an integer"),
+    ("training.learning_rate=fast", "training.learning_rate='fast' must be a number"),
+    ("rollout.record=maybe", "rollout.record='maybe' must be true or false"),
+    ("loss.kind=kl", "loss.kind='kl' must be one of reverse_kl, forward_kl, jsd"),
+    ("teacher.placement=remote", "teacher.placement='remote' must be one of colocated"),
+    ("training.precision=fp8", "training.precision='fp8' must be one of bf16, fp32"),
+    ("training.objective=rl", "training.objective='rl' must be one of opd, sft"),
+    ("training.lr_schedule=step", "training.lr_schedule='step' must be one of constant, linear, cosine"),
+    ("data.grader=llm", "data.grader='llm' must be one of auto, "),
+    ("loss.pointwise_clip=none!", "loss.pointwise_clip='none!' must be float or null"),
+    ("loss.chunk_tokens=2.5", "loss.chunk_tokens='2.5' must be int or null"),
+    ("data.task_options=5", "data.task_options='5' must be a JSON object"),
+    ("data.task_options={a:1}", "data.task_options='{a:1}' must be a JSON object"),
+    # Wrong sizes and numbers.
+    ("world_size=0", "world_size=0 must be at least 1"),
+    ("student.layout.tensor=0", "layout.tensor=0 must be at least 1"),
+    ("teacher.layout.pipeline=-2", "layout.pipeline=-2 must be at least 1"),
+    ("student.layout.virtual=2", "layout.virtual=2 is not supported yet; leave it at 1"),
+    ("student.layout.context=2", "layout.context=2 is not supported yet; leave it at 1"),
+    ("student.layout.expert=2", "layout.expert=2 is not supported yet; leave it at 1"),
+    ("student.layout.sequence=true", "layout.sequence=true needs layout.tensor > 1, got tensor=1"),
+    ("teacher.layout.tensor=2 teacher.layout.sequence=true", "teacher.layout.sequence=true is not supported"),
+    ("student.hf=null", "name the student once: student.hf=None, student.checkpoint=None"),
+    ("student.checkpoint=X", "name the student once: student.hf='student', student.checkpoint='X'"),
+    ("student.vocab_multiple=0", "student.vocab_multiple=0 must be at least 1"),
+    ("teacher.hf=null", "name the teacher once: teacher.hf=None, teacher.checkpoint=None"),
+    ("teacher.checkpoint=X", "name the teacher once: teacher.hf='teacher', teacher.checkpoint='X'"),
+    ("teacher.micro_batch=0", "teacher.micro_batch=0 must be at least 1"),
+    ("data.prompts=", "data.prompts is empty; name a .jsonl or .parquet file, reasoning_gym:TASK, or a Hugging Face dataset"),
+    ("data.batch_prompts=0", "data.batch_prompts=0 must be at least 1"),
+    ("data.max_prompt_tokens=0", "data.max_prompt_tokens=0 must be at least 1"),
+    ("data.task_size=0", "data.task_size=0 must be at least 1"),
+    ("data.holdout_fraction=1", "data.holdout_fraction=1.0 must be in [0, 1)"),
+    ("data.holdout_fraction=-0.1", "data.holdout_fraction=-0.1 must be in [0, 1)"),
+    ("data.holdout_fraction=nan", "data.holdout_fraction=nan must be in [0, 1)"),
+    ("rollout.max_response_tokens=0", "rollout.max_response_tokens=0 must be at least 1"),
+    ("rollout.temperature=-1", "rollout.temperature=-1.0 must not be negative; 0 is greedy"),
+    ("rollout.temperature=nan", "rollout.temperature=nan must not be negative; 0 is greedy"),
+    ("rollout.temperature=0", "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature"),
+    ("rollout.top_p=0", "rollout.top_p=0.0 must be in (0, 1]"),
+    ("rollout.top_p=1.1", "rollout.top_p=1.1 must be in (0, 1]"),
+    ("rollout.top_k=-1", "rollout.top_k=-1 must not be negative; 0 keeps the whole vocabulary"),
+    ("rollout.samples_per_prompt=0", "rollout.samples_per_prompt=0 must be at least 1"),
+    ("rollout.batch_sequences=0", "rollout.batch_sequences=0 must be at least 1"),
+    ("loss.beta=1.5", "loss.beta=1.5 must be in [0, 1]"),
+    ("loss.temperature=0", "loss.temperature=0.0 must be positive"),
+    ("loss.pointwise_clip=0", "loss.pointwise_clip=0.0 must be positive, or null for none"),
+    ("loss.chunk_tokens=0", "loss.chunk_tokens=0 must be at least 1, or null"),
+    ("training.steps=0", "training.steps=0 must be at least 1"),
+    ("training.micro_batch=0", "training.micro_batch=0 must be at least 1"),
+    ("training.learning_rate=0", "training.learning_rate=0.0 must be positive"),
+    ("training.learning_rate=nan", "training.learning_rate=nan must be positive"),
+    ("training.learning_rate=inf", "training.learning_rate=inf must be positive"),
+    ("training.min_learning_rate=1", "training.min_learning_rate=1.0 must lie between 0 and learning_rate=1e-06"),
+    ("training.warmup_steps=100", "training.warmup_steps=100 must be at least 0 and below steps=100"),
+    ("training.clip_grad=-1", "training.clip_grad=-1.0 must not be negative; 0 turns clipping off"),
+    ("training.max_skipped_steps=0", "training.max_skipped_steps=0 must be at least 1"),
+    ("checkpoint.every_steps=-1", "checkpoint.every_steps=-1 must not be negative"),
+    ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1"),
+    ("evaluation.every_steps=-1", "evaluation.every_steps=-1 must not be negative"),
+    ("evaluation.prompts=-1", "evaluation.prompts=-1 must not be negative; 0 turns evaluation off"),
+    ("evaluation.samples_per_prompt=0", "evaluation.samples_per_prompt=0 must be at least 1"),
+    ("evaluation.temperature=-1", "evaluation.temperature=-1.0 must not be negative; 0 is greedy"),
+    ("evaluation.samples_per_prompt=4", "evaluation.samples_per_prompt=4 greedy samples would all be equal; set evaluation.temperature"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_VALUES, ids=[words for words, _ in BAD_VALUES])
+def test_a_bad_value_is_refused_with_itself_and_a_way_out(words: str, message: str) -> None:
+    assert message in refusal(*words.split(" "))
+
+
+# Accepted today, and each either crashes a run later or silently does something else.
+@pytest.mark.xfail(strict=True, reason="accepted today")
+@pytest.mark.parametrize(
+    "word",
+    [
+        "rollout.temperature=inf",
+        "loss.temperature=inf",
+        "evaluation.temperature=inf",
+        "evaluation.max_response_tokens=0",
+        "evaluation.max_response_tokens=-5",
+        "evaluation.prompts=",
+        "training.weight_decay=nan",
+        "training.weight_decay=-1",
+        "training.adam_beta1=1.5",
+        "training.adam_beta2=nan",
+    ],
+)
+def test_a_value_no_run_can_use_is_refused(word: str) -> None:
+    assert word.partition("=")[0] in refusal(word)
+
+
+def test_distillation_needs_a_teacher() -> None:
+    with pytest.raises(ValueError, match=r"training\.objective=opd needs a teacher; set teacher\.hf or teacher\.checkpoint, or use training\.objective=sft"):
+        dataclasses.replace(BASE, teacher=None)
+
+
+def test_greedy_rollouts_may_be_replayed() -> None:
+    assert apply_overrides(BASE, ["rollout.temperature=0", "rollout.replay=runs/other"]).rollout.temperature == 0
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 3}, {"tensor": 2, "pipeline": 2}], ids=str)
+def test_a_layout_fits_the_worlds_its_product_divides(layout: dict[str, int]) -> None:
+    size = math.prod(layout.values())
+    for world_size in range(1, 13):
+        if world_size % size == 0:
+            assert ParallelLayout(**layout).data_size(world_size) * size == world_size
+            continue
+        with pytest.raises(ValueError) as caught:
+            ParallelLayout(**layout).data_size(world_size)
+        usable = f"use {world_size // size * size} ranks" if world_size > size else f"use at least {size} ranks"
+        assert f"world_size={world_size} is not a multiple of tensor*pipeline*context={size}; {usable} or change the layout" in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_the_world_must_fit_both_models(role: str) -> None:
+    config = apply_overrides(BASE, [f"{role}.layout.tensor=2", f"{role}.layout.pipeline=2", "data.batch_prompts=24"])
+    config.check_world(4)
+    config.check_world(8)
+    with pytest.raises(ValueError, match=rf"^{role}\.layout: world_size=6 is not a multiple of tensor\*pipeline\*context=4; use 4 ranks"):
+        config.check_world(6)
+
+
+def test_a_steps_sequences_must_split_evenly_over_the_students_replicas() -> None:
+    words = ["data.batch_prompts=6", "rollout.samples_per_prompt=2", "training.micro_batch=3", "student.layout.tensor=2"]
+    config = apply_overrides(BASE, words)
+    config.check_world(4)
+    config.check_world(8)
+    with pytest.raises(ValueError) as caught:
+        config.check_world(12)
+    for part in ("data.batch_prompts * rollout.samples_per_prompt = 12", "6 data-parallel replicas", "training.micro_batch=3", "change one of them"):
+        assert part in str(caught.value)
+    # Supervised fine-tuning has one sequence a prompt, whatever the rollouts would have.
+    assert config.num_sequences == 12
+    assert apply_overrides(config, ["training.objective=sft"]).num_sequences == 6
+
+
+def test_all_keys_are_the_leaves_of_the_configuration() -> None:
+    assert sorted(all_keys(BASE)) == sorted(leaves(BASE.to_json()))
+
+
+@pytest.mark.xfail(strict=True, reason="all_keys lists teacher.layout, a section, where there is no teacher yet")
+def test_all_keys_of_an_absent_section_are_leaves_too() -> None:
+    assert sorted(all_keys(WITHOUT_TEACHER)) == sorted(all_keys(BASE))
+
+
+@pytest.mark.parametrize("key", all_keys(BASE))
+def test_every_key_takes_its_own_value_back(key: str) -> None:
+    assert apply_overrides(BASE, [f"{key}={as_word(value_of(BASE, key))}"]) == BASE
+
+
+def test_the_resolved_configuration_survives_json() -> None:
+    config = apply_overrides(BASE, ["data.task_options.sizes=[1, 2]", "loss.pointwise_clip=0.1", "evaluation.prompts=other.jsonl"])
+    assert json.loads(json.dumps(config.to_json())) == config.to_json()
+    assert leaves(config.to_json()) == {key: value_of(config, key) for key in all_keys(config)}
+
+
+@pytest.mark.parametrize("key", all_keys(BASE))
+def test_no_field_can_be_assigned(key: str) -> None:
+    *sections, name = key.split(".")
+    section = value_of(BASE, ".".join(sections)) if sections else BASE
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(section, name, getattr(section, name))
+
+
+@pytest.mark.parametrize("section", [ParallelLayout, StudentConfig, TeacherConfig, DataConfig, RolloutConfig, LossConfig, TrainingConfig, RunConfig])
+def test_fields_are_given_by_name(section: type) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        section("value")
