@@ -15,7 +15,6 @@ from opd_megatron.config import (
     TrainingConfig,
 )
 
-
 _LONGEST_WORD = 7
 
 

@@ -38,7 +38,7 @@ EXIT_INTERRUPTED = 75
 
 def all_recipes() -> dict[str, Callable[[], RunConfig]]:
     """Return every recipe by name: the public zero-argument functions of the modules in this folder."""
-    found = {}
+    found: dict[str, Callable[[], RunConfig]] = {}
     for module_info in sorted(pkgutil.iter_modules(recipes.__path__), key=lambda info: info.name):
         if module_info.name == "run":
             continue

@@ -27,8 +27,10 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def write_tiny_model(folder: Path, family: str = "qwen3", *, tied: bool = False, vocab_size: int = 262, seed: int = 0, scale: float = 1.0, **changes: Any) -> Path:
-    """Write a Hugging Face folder of 4 layers, 4 heads in 2 key-value groups; norms and biases are random too, so that no swap goes unseen."""
+def write_tiny_model(
+    folder: Path, family: str = "qwen3", *, tied: bool = False, vocab_size: int = 262, seed: int = 0, scale: float = 1.0, **changes: Any
+) -> Path:
+    """Write a Hugging Face folder of 4 layers with 4 heads in 2 key-value groups; every norm and bias is random, so that no swap goes unseen."""
     config_class, model_class, extra = _FAMILIES[family]
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     settings = {"vocab_size": vocab_size, "max_position_embeddings": 256, "dtype": "float32", "tie_word_embeddings": tied, **sizes, **extra, **changes}

@@ -1,6 +1,6 @@
 """Convert a Hugging Face folder to a Megatron distributed checkpoint that loads under any layout.
 
-    python tools/convert_hf_to_megatron.py --hf DIR --out DIR
+python tools/convert_hf_to_megatron.py --hf DIR --out DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Convert a Megatron checkpoint, of a run or of convert_hf_to_megatron.py, to a Hugging Face folder.
 
-    python tools/convert_megatron_to_hf.py --checkpoint DIR --out DIR [--dtype bfloat16]
+python tools/convert_megatron_to_hf.py --checkpoint DIR --out DIR [--dtype bfloat16]
 """
 
 from __future__ import annotations

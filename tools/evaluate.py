@@ -37,7 +37,8 @@ def main() -> int:
     leave_world()
     if record is not None:
         for example in record.pop("examples"):
-            print(f"{'right' if example['score'] >= 1 else 'wrong'}  {example['prompt']!r:.90} -> {example['response']!r:.60} (answer {example['answer']!r:.60})")
+            verdict = "right" if example["score"] >= 1 else "wrong"
+            print(f"{verdict}  {example['prompt']!r:.90} -> {example['response']!r:.60} (answer {example['answer']!r:.60})")
         print(json.dumps(record))
     return 0
 

@@ -1,6 +1,6 @@
 """Load a finished run's exported student with transformers and let it answer held-out prompts, beside what it answered before training.
 
-    python tools/show_answers.py RUN_DIR [--prompts 5]
+python tools/show_answers.py RUN_DIR [--prompts 5]
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _answers(folder: Path, prompts: list[str], template_kwargs: dict[str, Any], 
     """Return transformers' greedy responses."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     answers = []
     for prompt in prompts:

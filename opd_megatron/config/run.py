@@ -240,8 +240,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
         if self.training.objective == "opd":
-            _require(self.teacher is not None, "training.objective=opd needs a teacher; set teacher.hf or teacher.checkpoint, or use training.objective=sft")
-            _require(self.rollout.temperature > 0 or bool(self.rollout.replay), "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature")
+            _require(
+                self.teacher is not None,
+                "training.objective=opd needs a teacher; set teacher.hf or teacher.checkpoint, or use training.objective=sft",
+            )
+            _require(
+                self.rollout.temperature > 0 or bool(self.rollout.replay),
+                "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature",
+            )
 
     @property
     def num_sequences(self) -> int:

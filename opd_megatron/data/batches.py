@@ -1,4 +1,4 @@
-"""Samples of different lengths -> one padded micro-batch, and where in it the scored positions are.
+"""One prompt with one response, and many of them as one padded micro-batch, and where in it the scored positions are.
 
 Shapes: B sequences, S padded length, T scored positions of the micro-batch, sample after sample.
 """
@@ -7,17 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 
-class TokenSample(Protocol):
-    """A prompt followed by a response; rollouts and supervised examples alike."""
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with one response. `sampled_logp` is the writer's log-probability of every response token, None for given text."""
 
+    prompt_index: int
+    sample_index: int
     prompt_ids: torch.Tensor
     response_ids: torch.Tensor
     sampled_logp: torch.Tensor | None
+    finished: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_scored(self) -> int:
+        """Positions with a loss: each response token is predicted from the position before it."""
+        return len(self.response_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +43,7 @@ class PaddedBatch:
     sampled_logp_T: torch.Tensor
 
 
-def pad_samples(samples: Sequence[TokenSample], *, multiple: int, device: torch.device, length: int | None = None) -> PaddedBatch:
+def pad_samples(samples: Sequence[Sample], *, multiple: int, device: torch.device, length: int | None = None) -> PaddedBatch:
     """Return one right-padded batch; S is `length`, or the longest sample, rounded up to `multiple` (sequence parallelism splits it)."""
     longest = length or max(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)
     padded = -(-longest // multiple) * multiple

@@ -50,7 +50,7 @@ def open_hf_folder(path: str | Path) -> HFFolder:
         tensor_files = {name: folder / file for name, file in weight_map.items()}
     else:
         single = folder / "model.safetensors"
-        tensor_files = {name: single for name in read_safetensors_header(single)}
+        tensor_files = dict.fromkeys(read_safetensors_header(single), single)
     for file in sorted(set(tensor_files.values())):
         present = read_safetensors_header(file)
         absent = [name for name, holder in tensor_files.items() if holder == file and name not in present]

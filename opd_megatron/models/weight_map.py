@@ -67,9 +67,7 @@ def _layer_rows(a: Architecture, megatron: str, hf: str) -> list[MappedTensor]:
             split_dim=0,
             part_shapes=tuple((rows_, a.hidden_size) for rows_ in (query, key_value, key_value)),
         ),
-        MappedTensor(
-            megatron=f"{attention}linear_proj.weight", hf=(f"{hf_attention}o_proj.weight",), split_dim=1, part_shapes=((a.hidden_size, query),)
-        ),
+        MappedTensor(megatron=f"{attention}linear_proj.weight", hf=(f"{hf_attention}o_proj.weight",), split_dim=1, part_shapes=((a.hidden_size, query),)),
         MappedTensor(megatron=f"{megatron}mlp.linear_fc1.layer_norm_weight", hf=(f"{hf}post_attention_layernorm.weight",), part_shapes=norm),
         MappedTensor(
             megatron=f"{megatron}mlp.linear_fc1.weight",
@@ -86,9 +84,7 @@ def _layer_rows(a: Architecture, megatron: str, hf: str) -> list[MappedTensor]:
         names = tuple(f"{name}.bias" for name in projections)
         rows.append(MappedTensor(megatron=f"{attention}linear_qkv.bias", hf=names, kind="qkv", split_dim=0, part_shapes=((query,), (key_value,), (key_value,))))
     if a.qk_norm:
-        rows += [
-            MappedTensor(megatron=f"{attention}{x}_layernorm.weight", hf=(f"{hf_attention}{x}_norm.weight",), part_shapes=((a.head_dim,),)) for x in "qk"
-        ]
+        rows += [MappedTensor(megatron=f"{attention}{x}_layernorm.weight", hf=(f"{hf_attention}{x}_norm.weight",), part_shapes=((a.head_dim,),)) for x in "qk"]
     return rows
 
 

@@ -94,9 +94,11 @@ class CheckpointWeights:
         for row in weight_map(self.architecture):
             stored = self._tensors.get(row.megatron)
             shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
-            fits = shape is not None and shape[1:] == row.shape[1:] and (shape[0] == row.shape[0] or (row.is_vocab and shape[0] > row.shape[0]))
+            wanted = row.shape
+            fits = shape is not None and shape[1:] == wanted[1:] and (shape[0] == wanted[0] or (row.is_vocab and shape[0] > wanted[0]))
             if not fits:
-                raise ValueError(f"{self.path}: {row.megatron} has shape {shape} where {self.assets / 'config.json'} implies {row.shape}; another model's checkpoint?")
+                config = self.assets / "config.json"
+                raise ValueError(f"{self.path}: {row.megatron} has shape {shape} where {config} implies {wanted}; another model's checkpoint?")
 
     def read(self, row: MappedTensor) -> torch.Tensor:
         stored = self._tensors[row.megatron]

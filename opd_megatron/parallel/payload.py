@@ -56,7 +56,9 @@ def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[in
     return PayloadPlan(rounds, tuple(num_rows))
 
 
-def deliver(plan: PayloadPlan, held: Mapping[int, torch.Tensor], needed: Sequence[int], *, width: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+def deliver(
+    plan: PayloadPlan, held: Mapping[int, torch.Tensor], needed: Sequence[int], *, width: int, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
     """Return the tensor [R, G] of every sample in `needed`, in that order. Every rank of the plan calls this with what it holds."""
     rank = dist.get_rank()
     arrived: dict[int, torch.Tensor] = {}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 
+from opd_megatron.losses.head_products import head_logits
 from opd_megatron.models.forward import forward_hidden, inference_mode
 from opd_megatron.models.gpt import head_weight
 from opd_megatron.parallel.groups import ModelGroups
@@ -100,7 +101,7 @@ class Sampler:
 
     def _gather_logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
         """Return full logits [B, V] in fp32 on every tensor rank of the last stage; padded columns are cut off."""
-        logits_BW = torch.mm(hidden_BH.float(), head_weight(self.model).float().t())
+        logits_BW = head_logits(hidden_BH, head_weight(self.model), torch.float32)
         if self.groups.layout.tensor == 1:
             return logits_BW[:, : self.vocab_size]
         parts = [torch.empty_like(logits_BW) for _ in range(self.groups.layout.tensor)]

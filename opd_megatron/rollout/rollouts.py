@@ -10,30 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from opd_megatron.data.batches import Sample
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.sampling import SamplingSettings
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with one response. `sampled_logp` is the writer's log-probability of every response token, None for given text."""
-
-    prompt_index: int
-    sample_index: int
-    prompt_ids: torch.Tensor
-    response_ids: torch.Tensor
-    sampled_logp: torch.Tensor | None
-    finished: bool
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    @property
-    def num_scored(self) -> int:
-        """Positions with a loss: each response token is predicted from the position before it."""
-        return len(self.response_ids)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Distillation:
     recompute_logp: bool = False
 
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
-        assert self.teacher_head_WG is not None and micro_batch.teacher_hidden_TG is not None, "scores arrive on the last stage"
+        assert self.teacher_head_WG is not None
+        assert micro_batch.teacher_hidden_TG is not None, "scores arrive on the last stage"
         return fused_head_divergence(
             hidden_TH,
             head_WH,

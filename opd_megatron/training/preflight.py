@@ -57,11 +57,9 @@ def _check_model(role: str, hf: str | None, checkpoint: str | None, layout: Para
 
 def _check_tokenizer_files(student: Path, teacher: Path) -> None:
     """Compare the two vocabularies as far as tokenizer.json shows them; the run compares the loaded tokenizers as well."""
-    vocabularies = [_vocabulary(folder / "tokenizer.json") for folder in (student, teacher)]
-    if None in vocabularies or vocabularies[0] == vocabularies[1]:
+    ours, theirs = _vocabulary(student / "tokenizer.json"), _vocabulary(teacher / "tokenizer.json")
+    if ours is None or theirs is None or ours == theirs:
         return
-    ours, theirs = vocabularies
-    assert ours is not None and theirs is not None
     name = min(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
     raise ValueError(
         f"student and teacher tokenizers differ: token {name!r} is {ours.get(name, 'absent')} in {student} and {theirs.get(name, 'absent')} in {teacher} "

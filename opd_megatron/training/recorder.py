@@ -31,9 +31,8 @@ class Recorder:
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         if self._writer is not None:
             self._writer.log_evaluation(record)
-            self.note(
-                f"{record['who']} accuracy {record['accuracy']:.1%} on {record['prompts']} held-out prompts at step {record['step']} ({record['seconds']:.1f} s)"
-            )
+            what = f"{record['who']} accuracy {record['accuracy']:.1%} on {record['prompts']} held-out prompts"
+            self.note(f"{what} at step {record['step']} ({record['seconds']:.1f} s)")
 
     def note(self, text: str) -> None:
         if self._progress is not None:

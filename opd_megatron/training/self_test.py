@@ -10,8 +10,9 @@ import math
 
 import torch
 
+from opd_megatron.data.batches import Sample
 from opd_megatron.data.prompts import Prompt
-from opd_megatron.rollout.rollouts import Rollouts, Sample
+from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.batching import make_micro_batches
 from opd_megatron.training.objective import Objective

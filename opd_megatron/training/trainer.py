@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.batches import Sample
 from opd_megatron.data.prompts import Prompt, response_ids
 from opd_megatron.evaluation.accuracy import evaluate
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.engine import Sampler
-from opd_megatron.rollout.rollouts import Rollouts, Sample, record_rollouts, replay_rollouts, sample_rollouts
+from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 from opd_megatron.training.batching import make_micro_batches
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
@@ -135,9 +136,7 @@ class Trainer:
     def _advance(self, step: int, updated: bool, loss: float, norm: float) -> None:
         """Count the step; end the run when too many in a row changed nothing."""
         in_a_row = 0 if updated else self.progress.skipped_in_a_row + 1
-        self.progress = dataclasses.replace(
-            self.progress, step=step, skipped_steps=self.progress.skipped_steps + (not updated), skipped_in_a_row=in_a_row
-        )
+        self.progress = dataclasses.replace(self.progress, step=step, skipped_steps=self.progress.skipped_steps + (not updated), skipped_in_a_row=in_a_row)
         if not updated:
             self.recorder.note(f"step {step} changed nothing: loss sum {loss}, gradient norm {norm}")
         if in_a_row >= self.config.training.max_skipped_steps:

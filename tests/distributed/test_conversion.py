@@ -81,9 +81,7 @@ def _tied_then_untied(tied: Path, untied: Path, out: Path, layout: ParallelLayou
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"TP{layout[0]}xPP{layout[1]}")
 @pytest.mark.parametrize("vocab_size", [264, 263], ids=["divisible", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tied_then_an_untied_model_round_trip_in_one_process(
-    pool: RankPool, tmp_path: Path, family: str, vocab_size: int, layout: tuple[int, int]
-) -> None:
+def test_a_tied_then_an_untied_model_round_trip_in_one_process(pool: RankPool, tmp_path: Path, family: str, vocab_size: int, layout: tuple[int, int]) -> None:
     tied = write_tiny_model(tmp_path / "tied-hf", family, tied=True, vocab_size=vocab_size, seed=1)
     untied = write_tiny_model(tmp_path / "untied-hf", family, tied=False, vocab_size=vocab_size, seed=2)
     tensor, pipeline = layout

@@ -19,7 +19,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from opd_megatron.config import CheckpointConfig, DataConfig, EvaluationConfig, ParallelLayout, RolloutConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from opd_megatron.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ParallelLayout,
+    RolloutConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
 from opd_megatron.training.job import run_in_world
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
@@ -81,7 +91,8 @@ def test_a_killed_rank_ends_the_job_and_the_resumed_run_ends_with_the_same_weigh
     assert (tmp_path / "killed" / "status").read_text().strip() == "crashed"
 
     for run in ("killed", "whole"):
-        finished = subprocess.run(_command(models, tmp_path / run, "training.steps=12", "checkpoint.every_steps=3"), cwd=ROOT, capture_output=True, text=True, timeout=180)
+        command = _command(models, tmp_path / run, "training.steps=12", "checkpoint.every_steps=3")
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
         assert finished.returncode == 0, finished.stderr
     killed, whole = _weights(tmp_path / "killed"), _weights(tmp_path / "whole")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)

@@ -46,6 +46,7 @@ def _generate(model_name: str, layout: ParallelLayout, prompts: list[tuple[int, 
     return sampler.generate(prompts, [(7, index) for index in range(len(prompts))], settings)
 
 
+GREEDY_LAYOUTS = [ParallelLayout(), ParallelLayout(tensor=2, pipeline=2), ParallelLayout(tensor=2, sequence=True)]
 GREEDY = SamplingSettings(max_response_tokens=12, temperature=0.0)
 SAMPLED = SamplingSettings(max_response_tokens=12)
 
@@ -61,7 +62,7 @@ def _transformers_greedy(model_name: str, prompts: list[tuple[int, ...]]) -> lis
     return answers
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, pipeline=2), ParallelLayout(tensor=2, sequence=True)], ids=lambda x: x.describe())
+@pytest.mark.parametrize("layout", GREEDY_LAYOUTS, ids=lambda layout: layout.describe())
 @pytest.mark.parametrize("model_name", ["tiny_student", "tiny_teacher"])
 def test_greedy_tokens_are_those_of_transformers(pool: RankPool, model_name: str, layout: ParallelLayout) -> None:
     if model_name == "tiny_teacher" and layout.pipeline > 1:
