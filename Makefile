@@ -12,10 +12,10 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints-cpu.txt
+$(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[demo,test]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[demo,test]"
 	touch $(STAMP)
 
 quickstart: setup

@@ -7,11 +7,14 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.parallel.cpu import enable_cpu_backend
+
+T = TypeVar("T")
 
 # Long enough for rank 0 to write a large export while the others wait; a dead peer is noticed by its closed connection.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
@@ -68,6 +71,13 @@ def shared_errors() -> Iterator[None]:
     for rank, message in enumerate(errors):
         if message is not None:
             raise ValueError(message if error is not None or dist.get_rank() == rank else f"rank {rank}: {message}")
+
+
+def agreed_by_rank_0(value: T) -> T:
+    """Return rank 0's value on every rank: what a file system shows may differ between nodes for a while."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _free_port() -> int:

@@ -25,8 +25,7 @@ class Rollouts:
 
     def share(self, rank: int, size: int) -> range:
         """Return the indices of the contiguous share of one data-parallel replica."""
-        count = len(self.samples)
-        return range(count * rank // size, count * (rank + 1) // size)
+        return _share(len(self.samples), rank, size)
 
     @property
     def num_response_tokens(self) -> int:
@@ -48,8 +47,7 @@ def sample_rollouts(
     The random numbers of a sample depend on `key` and on its place in the batch only: any layout writes the same text.
     """
     wanted = [(place, index, ids, sample) for place, (index, ids) in enumerate(prompts) for sample in range(samples_per_prompt)]
-    first, last = (len(wanted) * (groups.data_rank + end) // groups.data_size for end in (0, 1))
-    mine = wanted[first:last]
+    mine = [wanted[index] for index in _share(len(wanted), groups.data_rank, groups.data_size)]
     responses = sampler.generate([ids for _, _, ids, _ in mine], [(*key, place, sample) for place, _, _, sample in mine], settings)
     written = [
         Sample(index, sample, torch.tensor(ids), response.ids, response.logp, response.finished)
@@ -58,6 +56,10 @@ def sample_rollouts(
     gathered: list[list[Sample]] = [[] for _ in range(groups.data_size)]
     dist.all_gather_object(gathered, written, group=groups.collection.dp)
     return Rollouts(tuple(sample for replica in gathered for sample in replica), policy_version)
+
+
+def _share(count: int, rank: int, size: int) -> range:
+    return range(count * rank // size, count * (rank + 1) // size)
 
 
 def record_rollouts(rollouts: Rollouts, file: Path) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
 from opd_megatron.models.weights import CheckpointWeights, export_hf
-from opd_megatron.parallel.world import join_world, leave_world, shared_errors
+from opd_megatron.parallel.world import agreed_by_rank_0, join_world, leave_world, shared_errors
 from opd_megatron.reporting.report import write_report
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
@@ -75,7 +75,7 @@ def _open_directory(recipe: str, config: RunConfig, run_dir: Path) -> RunDirecto
 def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device: torch.device) -> Literal["finished", "interrupted"]:
     """Load, resume, train, and on the last step export and report."""
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
-    latest = checkpoints.latest()
+    latest = agreed_by_rank_0(checkpoints.latest())
     _note(describe_data(sources))
     parts = build_parts(config, sources, device, _note)
     progress = Progress(data_fingerprint=sources.prompts.fingerprint)

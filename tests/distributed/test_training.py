@@ -234,3 +234,73 @@ def test_bf16_trains_with_fp32_masters(models: Path, pool: RankPool, tmp_path: P
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16", steps=2))
     pool.run(_job, config, tmp_path / "run", world_size=4)
     assert all(torch.isfinite(torch.tensor(step["loss"])) and step["skipped_steps"] == 0 for step in _metrics(tmp_path / "run"))
+
+
+def _converted(models: Path, out: Path) -> None:
+    from opd_megatron.models.convert import write_checkpoint
+    from opd_megatron.models.weights import open_weights
+
+    for role in ("student", "teacher"):
+        write_checkpoint(open_weights(hf=str(models / role)), out / role)
+
+
+def test_models_from_checkpoints_train_as_those_from_folders(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    pool.run(_converted, models, tmp_path, world_size=1)
+    config = _config(models, tensor=2)
+    config = dataclasses.replace(
+        config,
+        student=dataclasses.replace(config.student, hf=None, checkpoint=str(tmp_path / "student")),
+        teacher=dataclasses.replace(config.teacher, hf=None, checkpoint=str(tmp_path / "teacher")),
+        rollout=dataclasses.replace(config.rollout, replay=str(recorded)),
+    )
+    pool.run(_job, config, tmp_path / "run", world_size=2)
+    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+
+
+def _expect_self_test_to_fail(config: RunConfig, run: Path) -> str:
+    """Shift the teacher's hidden states by one position, the classic mistake."""
+    from opd_megatron.teacher.teacher import Teacher
+
+    score = Teacher.score
+
+    def shifted(self: Teacher, rollouts: Any) -> dict[int, torch.Tensor]:
+        return {index: hidden.roll(1, dims=0) for index, hidden in score(self, rollouts).items()}
+
+    Teacher.score = shifted  # type: ignore[method-assign]
+    try:
+        run_in_world("test", config, run, torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+    finally:
+        Teacher.score = score  # type: ignore[method-assign]
+    return ""
+
+
+def test_the_self_test_sees_a_shift_by_one_position(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    for message in pool.run(_expect_self_test_to_fail, _config(models, pipeline=2), tmp_path / "run", world_size=2):
+        assert "self-test failed" in message
+
+
+def test_supervised_fine_tuning_agrees_across_layouts(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    def config(**layout: Any) -> RunConfig:
+        base = _config(models, **layout)
+        return dataclasses.replace(base, training=dataclasses.replace(base.training, objective="sft"))
+
+    pool.run(_job, config(), tmp_path / "one", world_size=1)
+    pool.run(_job, config(tensor=2, pipeline=2, sequence=True), tmp_path / "four", world_size=4)
+    for ours, reference in zip(_metrics(tmp_path / "four"), _metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+
+
+def test_a_replaced_data_file_is_noticed_on_resume(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text((models / "prompts.jsonl").read_text())
+    config = _config(models)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompts=str(data)))
+    pool.run(_job, config, tmp_path / "run", world_size=1)
+    data.write_text(data.read_text().replace("count a", "count z"))
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
+    with pytest.raises(AssertionError, match="is not the data this run began with"):
+        pool.run(_job, longer, tmp_path / "run", world_size=1)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_megatron.config import (
@@ -107,6 +107,7 @@ def test_an_optional_field_can_be_emptied(word: str) -> None:
     assert (config.loss.pointwise_clip, config.loss.chunk_tokens) == (None, None)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.floats(min_value=1e-300, max_value=1e300))
 def test_a_float_arrives_with_every_bit(value: float) -> None:
     assert apply_overrides(BASE, [f"training.learning_rate={value!r}"]).training.learning_rate == value
@@ -119,7 +120,7 @@ def test_an_entry_is_added_to_a_mapping_and_a_whole_mapping_replaces_it() -> Non
     assert apply_overrides(BASE, [options + '={"a": 1}']).data.task_options == {"a": 1}
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, AssertionError), reason="a mapping and one of its entries in one command: crash, or the first is lost")
+@pytest.mark.xfail(strict=True, reason="a mapping and one of its entries in one command: crash, or the first is lost")
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_mapping_and_its_entry_together_are_both_applied_or_refused(order: int) -> None:
     words = ['data.task_options={"a": 1}', "data.task_options.b=2"][::order]
@@ -131,13 +132,17 @@ def test_a_mapping_and_its_entry_together_are_both_applied_or_refused(order: int
 
 
 def test_overrides_are_applied_at_once() -> None:
-    # Each of these alone is refused: two sources of a student, a warm-up longer than the run, sequence parallelism without tensor.
+    # Of each pair one alone is refused: no source of a student or two, a minimum above the learning rate, sequence without tensor parallelism.
     config = apply_overrides(
-        dataclasses.replace(BASE, training=TrainingConfig(steps=100, warmup_steps=20)),
-        ["student.hf=null", "student.checkpoint=X", "training.steps=10", "training.warmup_steps=5", "student.layout.sequence=true", "student.layout.tensor=2"],
+        dataclasses.replace(BASE, training=TrainingConfig(learning_rate=1e-4, min_learning_rate=1e-5)),
+        [
+            *("student.hf=null", "student.checkpoint=X"),
+            *("training.learning_rate=1e-6", "training.min_learning_rate=1e-7"),
+            *("student.layout.sequence=true", "student.layout.tensor=2"),
+        ],
     )
     assert (config.student.hf, config.student.checkpoint) == (None, "X")
-    assert (config.training.steps, config.training.warmup_steps) == (10, 5)
+    assert (config.training.learning_rate, config.training.min_learning_rate) == (1e-6, 1e-7)
     assert config.student.layout == ParallelLayout(tensor=2, sequence=True)
 
 
@@ -254,7 +259,7 @@ BAD_VALUES = [
     ("training.learning_rate=nan", "training.learning_rate=nan must be positive"),
     ("training.learning_rate=inf", "training.learning_rate=inf must be positive"),
     ("training.min_learning_rate=1", "training.min_learning_rate=1.0 must lie between 0 and learning_rate=1e-06"),
-    ("training.warmup_steps=100", "training.warmup_steps=100 must be at least 0 and below steps=100"),
+    ("training.warmup_steps=-1", "training.warmup_steps=-1 must not be negative"),
     ("training.clip_grad=-1", "training.clip_grad=-1.0 must not be negative; 0 turns clipping off"),
     ("training.max_skipped_steps=0", "training.max_skipped_steps=0 must be at least 1"),
     ("checkpoint.every_steps=-1", "checkpoint.every_steps=-1 must not be negative"),

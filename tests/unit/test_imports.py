@@ -186,20 +186,6 @@ def test_pure_folders_import_tensors_only(folder: str) -> None:
     assert not violations, report(violations)
 
 
-def test_triton_is_never_imported_unguarded() -> None:
-    """Where it is absent, as on CPU, its import must not be the one of a module's body."""
-
-    def bare(node: ast.AST) -> bool:
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        return any(name.split(".")[0] == "triton" for name in names)
-
-    violations = [f"{file}:{node.lineno}" for file in sources("opd_megatron") for node in ast.parse(file.read_text()).body if bare(node)]
-    # A module of kernels may need triton as a whole: then nobody may import that module unguarded.
-    kernels = {violation.rpartition(":")[0] for violation in violations}
-    importers = [found for file in sources(*OURS) for found in imports_of(file) if found.at_start and str(find_file(found.module)) in kernels]
-    assert not importers, report(importers)
-
-
 def test_the_configuration_needs_the_standard_library_only() -> None:
     violations = [
         found

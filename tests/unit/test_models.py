@@ -156,7 +156,7 @@ def test_what_cannot_be_expressed_is_refused_with_file_and_field(name: str) -> N
         assert part in message
 
 
-@pytest.mark.xfail(strict=True, raises=(ArithmeticError, TypeError, AttributeError, AssertionError), reason="accepted, or an error that names no file")
+@pytest.mark.xfail(strict=True, reason="accepted, or an error that names no file")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -172,13 +172,9 @@ def test_what_cannot_be_expressed_is_refused_with_file_and_field(name: str) -> N
     ids=str,
 )
 def test_nonsense_is_refused_with_the_file(changes: dict[str, Any]) -> None:
-    try:
-        parse_architecture(config_of("llama", **changes), "folder/config.json")
-    except ValueError as error:
-        assert str(error).startswith("folder/config.json: ")
-        assert next(iter(changes)) in str(error)
-    else:
-        raise AssertionError("accepted")
+    message = refusal(parse_architecture, config_of("llama", **changes), "folder/config.json")
+    assert message.startswith("folder/config.json: ")
+    assert next(iter(changes)) in message
 
 
 def test_harmless_fields_of_published_configs_are_no_obstacle() -> None:
@@ -523,9 +519,7 @@ def test_a_tied_head_may_be_stored_a_second_time_and_an_untied_one_must_be_there
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3"])
 @pytest.mark.parametrize("shard_bytes", [1, 40_000, 10**9], ids=["one tensor a shard", "some shards", "one file"])
-def test_an_export_in_shards_is_bit_equal_and_loads_in_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, shard_bytes: int
-) -> None:
+def test_an_export_in_shards_is_bit_equal_and_loads_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, shard_bytes: int) -> None:
     folder = write_tiny_model(tmp_path / "hf", family, vocab_size=263, num_hidden_layers=2)
     monkeypatch.setattr(weights, "_MAX_SHARD_BYTES", shard_bytes)
     export_hf(open_weights(hf=str(folder)), tmp_path / "out")

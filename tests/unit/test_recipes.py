@@ -79,8 +79,8 @@ def test_the_guard_itself_sees_an_import() -> None:
 def test_a_recipe_is_checked_without_torch(name: str) -> None:
     outcome = as_module(name, "--check")
     if outcome.returncode == 2:
-        # Only a model that is not on this machine may stop it.
-        assert "is not a Hugging Face model folder" in outcome.stderr or "is not a Megatron checkpoint" in outcome.stderr
+        # Only a model or a data file that is not on this machine may stop it.
+        assert any(reason in outcome.stderr for reason in ("is not a Hugging Face model folder", "is not a Megatron checkpoint", "does not exist"))
         return
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert json.loads(outcome.stdout) == RECIPES[name]().to_json()

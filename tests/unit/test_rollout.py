@@ -100,7 +100,7 @@ def test_frequencies_of_a_random_stream_approach_the_softmax() -> None:
     assert chi_square < 57
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, derandomize=True, max_examples=50)
 @given(
     st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12),
     st.integers(0, 13),
@@ -195,7 +195,9 @@ def test_neighbouring_keys_give_unrelated_streams() -> None:
 # --- Rollouts ----------------------------------------------------------------------------------------------------------------------------
 
 
-def sample_of(prompt: list[int], response: list[int], logp: list[float] | None, *, prompt_index: int = 0, sample_index: int = 0, finished: bool = True) -> Sample:
+def sample_of(
+    prompt: list[int], response: list[int], logp: list[float] | None, *, prompt_index: int = 0, sample_index: int = 0, finished: bool = True
+) -> Sample:
     ids = (torch.tensor(part, dtype=torch.long) for part in (prompt, response))
     return Sample(prompt_index, sample_index, *ids, None if logp is None else torch.tensor(logp, dtype=torch.float32), finished)
 
@@ -215,7 +217,7 @@ def assert_same(one: Rollouts, other: Rollouts) -> None:
         assert bits(ours.sampled_logp) == bits(theirs.sampled_logp)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, derandomize=True, max_examples=50)
 @given(st.lists(st.floats(max_value=0, width=32, allow_nan=False), max_size=6))
 def test_a_replay_has_every_bit_of_the_record(tmp_path_factory: pytest.TempPathFactory, logp: list[float]) -> None:
     # Zeros of both signs, subnormal numbers and minus infinity included.
@@ -264,10 +266,21 @@ def test_a_garbled_replay_is_refused_with_its_line(tmp_path: Path, text: str) ->
     assert f"{file}:2 is not a recorded rollout" in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, ValueError, AssertionError, pytest.fail.Exception), reason="an error without the file's name, or accepted")
+@pytest.mark.xfail(strict=True, reason="an error without the file's name, or accepted")
 @pytest.mark.parametrize(
     "content",
-    [b"5\n", b"null\n", b"[]\n", b"\xff\xfe\x00\x01\n", b"", "prompt_ids=x", "response_ids=[1.5]", "response_ids=[[1]]", "sampled_logp=[-0.5]", "sampled_logp=x"],
+    [
+        b"5\n",
+        b"null\n",
+        b"[]\n",
+        b"\xff\xfe\x00\x01\n",
+        b"",
+        "prompt_ids=x",
+        "response_ids=[1.5]",
+        "response_ids=[[1]]",
+        "sampled_logp=[-0.5]",
+        "sampled_logp=x",
+    ],
     ids=str,
 )
 def test_a_replay_of_another_shape_is_refused_with_the_file(tmp_path: Path, content: bytes | str) -> None:
