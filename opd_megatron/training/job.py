@@ -15,6 +15,7 @@ from opd_megatron.parallel.world import agreed_by_rank_0, join_world, leave_worl
 from opd_megatron.reporting.report import write_report
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
+from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Sources, build_parts, describe_data, open_sources
 from opd_megatron.training.trainer import Trainer
@@ -77,7 +78,7 @@ def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device:
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
     latest = agreed_by_rank_0(checkpoints.latest())
     _note(describe_data(sources))
-    parts = build_parts(config, sources, device, _note)
+    parts = build_parts(config, sources, directory.path, device, _note)
     progress = Progress(data_fingerprint=sources.prompts.fingerprint)
     if latest is not None:
         progress = checkpoints.load(parts.student, latest)
@@ -86,7 +87,8 @@ def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device:
         _note(f"resumed from {latest}")
     recorder = Recorder(directory, first_step=progress.step + 1, total_steps=config.training.steps)
     try:
-        status = Trainer(config, parts, recorder, checkpoints, progress).run()
+        evaluator = Evaluator(config, sources, parts, recorder)
+        status = Trainer(config, sources.prompts, parts, recorder, evaluator, checkpoints, progress).run()
     finally:
         recorder.close()
     if status == "finished":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.objective import Distillation, Objective, SupervisedFineTuning
 from opd_megatron.training.self_test import check_self_divergence
 from opd_megatron.training.student import Student
+from opd_megatron.training.writers import Writer, make_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +42,13 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Everything a trainer moves."""
+    """What a trainer moves, loaded and in place."""
 
-    device: torch.device
     student: Student
     teacher: Teacher | None
     sampler: Sampler
+    write: Writer
     objective: Objective
-    tokenizer: Any
-    prompts: PromptSet
-    evaluation_prompts: PromptSet | None
-    grader: Callable[[Prompt, str], float]
-    vocab_size: int
-    eos_ids: tuple[int, ...]
 
 
 def open_sources(config: RunConfig) -> Sources:
@@ -86,7 +82,7 @@ def open_sources(config: RunConfig) -> Sources:
     )
 
 
-def build_parts(config: RunConfig, sources: Sources, device: torch.device, note: Callable[[str], None]) -> Parts:
+def build_parts(config: RunConfig, sources: Sources, run_dir: Path, device: torch.device, note: Callable[[str], None]) -> Parts:
     """Create groups, load both models onto them, and prove the teacher's path before anything is trained."""
     groups = student_groups(config.student.layout, config.seed)
     note(groups.picture("student"))
@@ -94,17 +90,11 @@ def build_parts(config: RunConfig, sources: Sources, device: torch.device, note:
     teacher = _build_teacher(config, config.teacher, sources, student, note) if sources.teacher is not None and config.teacher is not None else None
     sampler = Sampler(student.model, groups, vocab_size=sources.vocab_size, eos_ids=sources.eos_ids, batch_sequences=config.rollout.batch_sequences)
     return Parts(
-        device=device,
         student=student,
         teacher=teacher,
         sampler=sampler,
+        write=make_writer(config, run_dir, sampler, groups, sources.tokenizer),
         objective=_make_objective(config, student, teacher, sources.vocab_size),
-        tokenizer=sources.tokenizer,
-        prompts=sources.prompts,
-        evaluation_prompts=sources.evaluation_prompts,
-        grader=sources.grader,
-        vocab_size=sources.vocab_size,
-        eos_ids=sources.eos_ids,
     )
 
 

@@ -1,0 +1,96 @@
+"""Who writes a step's samples: the student, a record of another run, or the reference answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.config import RunConfig
+from opd_megatron.data.batches import Sample
+from opd_megatron.data.prompts import Prompt, response_ids
+from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.parallel.world import shared_errors
+from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts, sample_rollouts
+from opd_megatron.rollout.sampling import SamplingSettings
+
+# (step, its prompts) -> its samples, the same on every rank; every rank calls it.
+Writer = Callable[[int, list[Prompt]], Rollouts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """The student's current weights write; `record_to` keeps what they wrote."""
+
+    sampler: Sampler
+    groups: ModelGroups
+    settings: SamplingSettings
+    samples_per_prompt: int
+    seed: int
+    record_to: Path | None
+
+    def __call__(self, step: int, prompts: list[Prompt]) -> Rollouts:
+        rollouts = sample_rollouts(
+            self.sampler,
+            self.groups,
+            [(prompt.index, prompt.ids) for prompt in prompts],
+            self.settings,
+            samples_per_prompt=self.samples_per_prompt,
+            key=(self.seed, step),
+            policy_version=step - 1,
+        )
+        if self.record_to is not None and dist.get_rank() == 0:
+            record_rollouts(rollouts, _record(self.record_to, step))
+        return rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """What another run recorded: the way to compare layouts, debug and bisect."""
+
+    run: Path
+    num_sequences: int
+
+    def __call__(self, step: int, prompts: list[Prompt]) -> Rollouts:
+        with shared_errors():
+            rollouts = replay_rollouts(_record(self.run, step))
+            if len(rollouts.samples) != self.num_sequences:
+                raise ValueError(f"{self.run} recorded {len(rollouts.samples)} samples for step {step}, this run takes {self.num_sequences}")
+        return rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceAnswers:
+    """The data's own answers, for supervised fine-tuning."""
+
+    tokenizer: Any
+
+    def __call__(self, step: int, prompts: list[Prompt]) -> Rollouts:
+        samples = [Sample(prompt.index, 0, torch.tensor(prompt.ids), torch.tensor(response_ids(prompt, self.tokenizer)), None, True) for prompt in prompts]
+        return Rollouts(tuple(samples), policy_version=step - 1)
+
+
+def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: ModelGroups, tokenizer: Any) -> Writer:
+    """Return what the configuration asks for."""
+    rollout = config.rollout
+    if config.training.objective == "sft":
+        return ReferenceAnswers(tokenizer=tokenizer)
+    if rollout.replay:
+        return Replayed(run=Path(rollout.replay), num_sequences=config.num_sequences)
+    return OnPolicy(
+        sampler=sampler,
+        groups=groups,
+        settings=SamplingSettings(max_response_tokens=rollout.max_response_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k),
+        samples_per_prompt=rollout.samples_per_prompt,
+        seed=config.seed,
+        record_to=run_dir if rollout.record else None,
+    )
+
+
+def _record(run: Path, step: int) -> Path:
+    return run / "rollouts" / f"step_{step}.jsonl"
