@@ -75,7 +75,10 @@ def main() -> int:
     try:
         if not arguments.name:
             raise ValueError("name a recipe; --list shows them")
-        config = resolve(arguments.name, arguments.overrides, arguments.nproc_per_node or _world_size())
+        ranks = arguments.nproc_per_node
+        if ranks is not None and ranks < 1:
+            raise ValueError(f"--nproc-per-node {ranks} must be at least 1")
+        config = resolve(arguments.name, arguments.overrides, ranks or _world_size())
         if arguments.check:
             print(json.dumps(config.to_json(), indent=2))
             return 0

@@ -28,20 +28,24 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
         *parents, leaf = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{word!r} sets an entry of a mapping that another word sets whole; put all of it into one of them")
+        if isinstance(node.get(leaf), dict):
+            raise ValueError(f"{word!r} sets a mapping whole of which another word sets an entry; put all of it into one of them")
         node[leaf] = value
     return _rebuild(config, tree, prefix="")
 
 
 def all_keys(config: Any, prefix: str = "") -> list[str]:
-    """Return every dotted key of a config, depth first."""
-    keys = []
-    for field, annotation in _fields(type(config)):
-        value = getattr(config, field.name)
+    """Return every dotted key of a config, or of a config class, depth first."""
+    keys: list[str] = []
+    for field, annotation in _fields(config if isinstance(config, type) else type(config)):
+        value = None if isinstance(config, type) else getattr(config, field.name)
         section = _dataclass_of(annotation)
         if section is None:
             keys.append(prefix + field.name)
         else:
-            keys += all_keys(value, f"{prefix}{field.name}.") if value is not None else [f"{prefix}{field.name}.{f.name}" for f in dataclasses.fields(section)]
+            keys += all_keys(value if value is not None else section, f"{prefix}{field.name}.")
     return keys
 
 

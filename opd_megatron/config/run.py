@@ -126,7 +126,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_response_tokens >= 1, f"rollout.max_response_tokens={self.max_response_tokens} must be at least 1")
-        _require(self.temperature >= 0, f"rollout.temperature={self.temperature} must not be negative; 0 is greedy")
+        _require(0 <= self.temperature < math.inf, f"rollout.temperature={self.temperature} must not be negative or infinite; 0 is greedy")
         _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
         _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must not be negative; 0 keeps the whole vocabulary")
         _require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt} must be at least 1")
@@ -146,7 +146,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.beta <= 1, f"loss.beta={self.beta} must be in [0, 1]")
-        _require(self.temperature > 0, f"loss.temperature={self.temperature} must be positive")
+        _require(0 < self.temperature < math.inf, f"loss.temperature={self.temperature} must be positive and not infinite")
         _require(self.pointwise_clip is None or self.pointwise_clip > 0, f"loss.pointwise_clip={self.pointwise_clip} must be positive, or null for none")
         _require(self.chunk_tokens is None or self.chunk_tokens >= 1, f"loss.chunk_tokens={self.chunk_tokens} must be at least 1, or null")
 
@@ -178,6 +178,9 @@ class TrainingConfig:
             0 <= self.min_learning_rate <= self.learning_rate,
             f"training.min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}",
         )
+        _require(0 <= self.weight_decay < math.inf, f"training.weight_decay={self.weight_decay} must be a finite number, not negative")
+        for name, beta in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
+            _require(0 <= beta < 1, f"training.{name}={beta} must be in [0, 1)")
         _require(self.warmup_steps >= 0, f"training.warmup_steps={self.warmup_steps} must not be negative")
         _require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
         _require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
@@ -215,7 +218,10 @@ class EvaluationConfig:
         _require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps} must not be negative")
         _require(not isinstance(self.prompts, int) or self.prompts >= 0, f"evaluation.prompts={self.prompts} must not be negative; 0 turns evaluation off")
         _require(self.samples_per_prompt >= 1, f"evaluation.samples_per_prompt={self.samples_per_prompt} must be at least 1")
-        _require(self.temperature >= 0, f"evaluation.temperature={self.temperature} must not be negative; 0 is greedy")
+        _require(0 <= self.temperature < math.inf, f"evaluation.temperature={self.temperature} must not be negative or infinite; 0 is greedy")
+        _require(self.prompts != "", "evaluation.prompts is empty; give a number, a source, or 0 for no evaluation")
+        limit = self.max_response_tokens
+        _require(limit is None or limit >= 1, f"evaluation.max_response_tokens={limit} must be at least 1, or null for the rollout's")
         _require(
             self.samples_per_prompt == 1 or self.temperature > 0,
             f"evaluation.samples_per_prompt={self.samples_per_prompt} greedy samples would all be equal; set evaluation.temperature",

@@ -51,6 +51,7 @@ def pad_samples(samples: Sequence[Sample], *, multiple: int, device: torch.devic
     scored, targets, logps = [], [], []
     for row, sample in enumerate(samples):
         first, count = len(sample.prompt_ids), len(sample.response_ids)
+        assert first > 0, "the first response token is predicted from the prompt"
         tokens_BS[row, :first] = sample.prompt_ids
         tokens_BS[row, first : first + count] = sample.response_ids
         # The last prompt position predicts the first response token.

@@ -70,31 +70,46 @@ def parse_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         raise ValueError(f"{where}: architecture {name!r} is not supported; supported are {', '.join(SUPPORTED)}")
     family = SUPPORTED[name]
     _refuse_unsupported(config, family, where)
-    hidden, heads = _number(config, "hidden_size", where), _number(config, "num_attention_heads", where)
+    hidden, heads = _integer(config, "hidden_size", where), _integer(config, "num_attention_heads", where)
     return Architecture(
         family=family,
-        num_layers=_number(config, "num_hidden_layers", where),
+        num_layers=_integer(config, "num_hidden_layers", where),
         hidden_size=hidden,
-        ffn_hidden_size=_number(config, "intermediate_size", where),
+        ffn_hidden_size=_integer(config, "intermediate_size", where),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
+        num_kv_heads=_integer(config, "num_key_value_heads", where, default=heads),
         # transformers' Qwen3Config defaults to 128 whatever the hidden size; the others derive it.
-        head_dim=config.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
-        vocab_size=_number(config, "vocab_size", where),
+        head_dim=_integer(config, "head_dim", where, default=128 if family == "qwen3" else hidden // heads),
+        vocab_size=_integer(config, "vocab_size", where),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=_positive(config, "rms_norm_eps", where, default=1e-6),
         rope=_parse_rope(config, where),
-        max_positions=int(config.get("max_position_embeddings", 32768)),
-        init_std=float(config.get("initializer_range", 0.02)),
+        max_positions=_integer({"max_position_embeddings": _DEFAULT_POSITIONS[family], **config}, "max_position_embeddings", where),
+        init_std=_positive(config, "initializer_range", where, default=0.02),
     )
 
 
-def _number(config: Mapping[str, Any], key: str, where: str) -> int:
-    if not isinstance(config.get(key), int):
+# What transformers assumes where a config.json does not say.
+_DEFAULT_POSITIONS = {"qwen2": 32768, "qwen3": 32768, "llama": 2048}
+
+
+def _integer(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """Return a positive integer; `default` stands for an absent key and for null, both of which published configs use."""
+    value = config.get(key) if config.get(key) is not None else default
+    if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{where}: {key}={config.get(key)!r} is missing or not an integer")
-    return int(config[key])
+    if value < 1:
+        raise ValueError(f"{where}: {key}={value} must be at least 1")
+    return value
+
+
+def _positive(config: Mapping[str, Any], key: str, where: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{where}: {key}={value!r} is not a positive number")
+    return float(value)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: str, where: str) -> None:
@@ -103,7 +118,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str, where: str) -> N
 
     if config.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "'silu'")
-    if config.get("attention_bias", family == "qwen2") not in (False, None) and family != "qwen2":
+    if config.get("attention_bias") and family != "qwen2":
         refuse("attention_bias", "false for this family")
     if config.get("mlp_bias"):
         refuse("mlp_bias", "false")
@@ -113,15 +128,19 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str, where: str) -> N
         refuse("layer_types", "'full_attention' in every layer")
     if config.get("quantization_config"):
         refuse("quantization_config", "unquantized weights")
-    if config.get("num_attention_heads") and config.get("num_key_value_heads") and config["num_attention_heads"] % config["num_key_value_heads"]:
-        refuse("num_key_value_heads", f"a divisor of num_attention_heads={config['num_attention_heads']}")
+    heads = _integer(config, "num_attention_heads", where)
+    if heads % _integer(config, "num_key_value_heads", where, default=heads):
+        refuse("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
 
 
 def _parse_rope(config: Mapping[str, Any], where: str) -> Rope:
     """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
-    parameters = dict(config.get("rope_parameters") or {})
-    scaling = dict(config.get("rope_scaling") or {})
-    merged = {**scaling, **parameters}
+    merged: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        section = config.get(key) or {}
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{where}: {key}={section!r} is not an object")
+        merged.update(section)
     kind = merged.get("rope_type") or merged.get("type") or "default"
     theta = float(merged.get("rope_theta") or config.get("rope_theta") or 10000.0)
     partial = merged.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0

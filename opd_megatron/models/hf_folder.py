@@ -46,7 +46,9 @@ def open_hf_folder(path: str | Path) -> HFFolder:
     architecture = read_architecture(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map: dict[str, str] = _read_json(index).get("weight_map", {})
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} names no tensors; download the folder again")
         tensor_files = {name: folder / file for name, file in weight_map.items()}
     else:
         single = folder / "model.safetensors"
@@ -74,6 +76,7 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length)) if length <= size - 8 else None
+            header = header if isinstance(header, dict) else None
     except FileNotFoundError:
         raise ValueError(f"{file} is missing; the folder's download may be incomplete") from None
     except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
@@ -81,7 +84,10 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
     if header is None:
         raise ValueError(f"{file} is not a whole safetensors file ({size} bytes); download it again")
     header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(f"{file} has a header that is not safetensors'; download it again") from None
     if size != expected:
         raise ValueError(f"{file} has {size} bytes where its header promises {expected}; download it again")
     return header
@@ -106,6 +112,9 @@ def copy_assets(source: Path, target: Path) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return content

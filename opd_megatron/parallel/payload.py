@@ -78,4 +78,6 @@ def deliver(
                 request.wait()
         for samples, rows, message in incoming:
             arrived.update(zip(samples, message.split(rows), strict=True))
-    return [arrived[sample] if sample in arrived else held[sample].to(dtype) for sample in needed]
+    # A sample without rows is not sent.
+    nothing = torch.empty(0, width, dtype=dtype, device=device)
+    return [arrived[sample] if sample in arrived else (held[sample] if plan.num_rows[sample] else nothing).to(dtype) for sample in needed]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,22 +86,31 @@ def replay_rollouts(file: Path) -> Rollouts:
     """Return the rollouts another run recorded; ValueError if the file is missing or not such a record."""
     if not file.is_file():
         raise ValueError(f"{file} is missing: rollout.replay needs a run that was made with rollout.record=true and has this step")
-    samples, version = [], 0
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    samples, versions = [], []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
-            logp = record["sampled_logp"]
-            samples.append(
-                Sample(
-                    record["prompt_index"],
-                    record["sample_index"],
-                    torch.tensor(record["prompt_ids"], dtype=torch.long),
-                    torch.tensor(record["response_ids"], dtype=torch.long),
-                    None if logp is None else torch.tensor(logp),
-                    record["finished"],
-                )
-            )
-            version = record["policy_version"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{file}:{number} is not a recorded rollout: {error}") from None
-    return Rollouts(tuple(samples), version)
+            samples.append(_sample_from(record))
+            versions.append(int(record["policy_version"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}:{number} is not a recorded rollout: {error!r}") from None
+    if not samples:
+        raise ValueError(f"{file} is empty; record the run again")
+    return Rollouts(tuple(samples), versions[0])
+
+
+def _sample_from(record: dict[str, Any]) -> Sample:
+    """Return a recorded sample; ValueError, KeyError or TypeError if it is none."""
+    prompt_ids, response_ids, logp = record["prompt_ids"], record["response_ids"], record["sampled_logp"]
+    if not all(type(token) is int for token in [*prompt_ids, *response_ids]) or not prompt_ids:
+        raise ValueError("prompt_ids and response_ids must be lists of integers")
+    if logp is not None and len(logp) != len(response_ids):
+        raise ValueError(f"{len(logp)} log-probabilities for {len(response_ids)} response tokens")
+    return Sample(
+        int(record["prompt_index"]),
+        int(record["sample_index"]),
+        torch.tensor(prompt_ids, dtype=torch.long),
+        torch.tensor(response_ids, dtype=torch.long),
+        None if logp is None else torch.tensor(logp, dtype=torch.float32),
+        bool(record["finished"]),
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 
@@ -52,7 +53,10 @@ def _truncate(logp_BV: torch.Tensor, settings: SamplingSettings) -> torch.Tensor
 
 
 def uniform_stream(length: int, *key: int | str) -> torch.Tensor:
-    """Return `length` numbers in [0, 1) that depend on nothing but `key`, such as (seed, step, prompt, sample)."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(length, generator=generator, dtype=torch.float64)
+    """Return `length` numbers in [0, 1) that depend on nothing but `key`, such as (seed, step, prompt, sample).
+
+    A counter-based generator with a 128-bit key: torch's CPU generator keeps 32 bits of a seed, so long runs would repeat streams.
+    """
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    generator = numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest, "little")))
+    return torch.from_numpy(generator.random(length))

@@ -18,19 +18,19 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if isinstance(config.evaluation.prompts, str):
         _check_data_file(config.evaluation.prompts, "evaluation.prompts")
     student = _check_model("student", config.student.hf, config.student.checkpoint, config.student.layout)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > student.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the student's {student.max_positions} positions; lower one of them"
-        )
+    _check_length(config, "student", student)
     if config.teacher is None or config.training.objective != "opd":
         return
-    teacher = _check_model("teacher", config.teacher.hf, config.teacher.checkpoint, config.teacher.layout)
-    if longest > teacher.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the teacher's {teacher.max_positions} positions; lower one of them"
-        )
+    _check_length(config, "teacher", _check_model("teacher", config.teacher.hf, config.teacher.checkpoint, config.teacher.layout))
     _check_tokenizer_files(_assets(config.student.hf, config.student.checkpoint), _assets(config.teacher.hf, config.teacher.checkpoint))
+
+
+def _check_length(config: RunConfig, role: str, architecture: Architecture) -> None:
+    budgets = {"rollout.max_response_tokens": config.rollout.max_response_tokens, "evaluation.max_response_tokens": config.evaluation.max_response_tokens or 0}
+    key = max(budgets, key=lambda name: budgets[name])
+    longest = config.data.max_prompt_tokens + budgets[key]
+    if longest > architecture.max_positions:
+        raise ValueError(f"data.max_prompt_tokens + {key} = {longest} exceeds the {role}'s {architecture.max_positions} positions; lower one of them")
 
 
 def _check_data_file(source: str, key: str) -> None:

@@ -120,7 +120,6 @@ def test_an_entry_is_added_to_a_mapping_and_a_whole_mapping_replaces_it() -> Non
     assert apply_overrides(BASE, [options + '={"a": 1}']).data.task_options == {"a": 1}
 
 
-@pytest.mark.xfail(strict=True, reason="a mapping and one of its entries in one command: crash, or the first is lost")
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_mapping_and_its_entry_together_are_both_applied_or_refused(order: int) -> None:
     words = ['data.task_options={"a": 1}', "data.task_options.b=2"][::order]
@@ -241,8 +240,8 @@ BAD_VALUES = [
     ("data.holdout_fraction=-0.1", "data.holdout_fraction=-0.1 must be in [0, 1)"),
     ("data.holdout_fraction=nan", "data.holdout_fraction=nan must be in [0, 1)"),
     ("rollout.max_response_tokens=0", "rollout.max_response_tokens=0 must be at least 1"),
-    ("rollout.temperature=-1", "rollout.temperature=-1.0 must not be negative; 0 is greedy"),
-    ("rollout.temperature=nan", "rollout.temperature=nan must not be negative; 0 is greedy"),
+    ("rollout.temperature=-1", "rollout.temperature=-1.0 must not be negative or infinite; 0 is greedy"),
+    ("rollout.temperature=nan", "rollout.temperature=nan must not be negative or infinite; 0 is greedy"),
     ("rollout.temperature=0", "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature"),
     ("rollout.top_p=0", "rollout.top_p=0.0 must be in (0, 1]"),
     ("rollout.top_p=1.1", "rollout.top_p=1.1 must be in (0, 1]"),
@@ -267,7 +266,7 @@ BAD_VALUES = [
     ("evaluation.every_steps=-1", "evaluation.every_steps=-1 must not be negative"),
     ("evaluation.prompts=-1", "evaluation.prompts=-1 must not be negative; 0 turns evaluation off"),
     ("evaluation.samples_per_prompt=0", "evaluation.samples_per_prompt=0 must be at least 1"),
-    ("evaluation.temperature=-1", "evaluation.temperature=-1.0 must not be negative; 0 is greedy"),
+    ("evaluation.temperature=-1", "evaluation.temperature=-1.0 must not be negative or infinite; 0 is greedy"),
     ("evaluation.samples_per_prompt=4", "evaluation.samples_per_prompt=4 greedy samples would all be equal; set evaluation.temperature"),
 ]
 
@@ -277,8 +276,7 @@ def test_a_bad_value_is_refused_with_itself_and_a_way_out(words: str, message: s
     assert message in refusal(*words.split(" "))
 
 
-# Accepted today, and each either crashes a run later or silently does something else.
-@pytest.mark.xfail(strict=True, reason="accepted today")
+# Each would crash a run later or silently do something else.
 @pytest.mark.parametrize(
     "word",
     [
@@ -347,7 +345,6 @@ def test_all_keys_are_the_leaves_of_the_configuration() -> None:
     assert sorted(all_keys(BASE)) == sorted(leaves(BASE.to_json()))
 
 
-@pytest.mark.xfail(strict=True, reason="all_keys lists teacher.layout, a section, where there is no teacher yet")
 def test_all_keys_of_an_absent_section_are_leaves_too() -> None:
     assert sorted(all_keys(WITHOUT_TEACHER)) == sorted(all_keys(BASE))
 

@@ -266,7 +266,6 @@ def test_a_garbled_replay_is_refused_with_its_line(tmp_path: Path, text: str) ->
     assert f"{file}:2 is not a recorded rollout" in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="an error without the file's name, or accepted")
 @pytest.mark.parametrize(
     "content",
     [
