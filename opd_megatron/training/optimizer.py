@@ -20,6 +20,7 @@ from opd_megatron.models.gpt import DTYPES
 def build_optimizer(model: DistributedDataParallel, training: TrainingConfig) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """Return the optimizer and the learning-rate schedule; the schedule's state is the step number alone."""
     _restore_adam_step()
+    _place_buckets_where_parameters_are_read()
     config = OptimizerConfig(
         optimizer="adam",
         lr=training.learning_rate,
@@ -105,3 +106,34 @@ def _restore_adam_step() -> None:
 
     set_states.keeps_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _place_buckets_where_parameters_are_read() -> None:
+    """Let a save find every parameter's state when a buffer has several padded buckets (0.16.1).
+
+    `get_parameter_state_dp_zero` strings the buckets together without their padding, and the `fully_reshardable` format then cuts out
+    parameters at their padded places. A tied embedding under pipeline parallelism has a bucket of its own, so its stage saved shifted weights.
+    """
+    original = DistributedOptimizer.get_parameter_state_dp_zero
+    if getattr(original, "keeps_padding", False):
+        return
+
+    def parameter_state(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers):
+            for tensors in (state or {}).get(index, {}).values():
+                for key in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[key] = _with_padding(tensors[key], buffer)
+        return state
+
+    parameter_state.keeps_padding = True  # type: ignore[attr-defined]
+    DistributedOptimizer.get_parameter_state_dp_zero = parameter_state
+
+
+def _with_padding(unpadded: torch.Tensor, buffer: Any) -> torch.Tensor:
+    whole = unpadded.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = unpadded[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return whole
