@@ -137,6 +137,7 @@ class _FusedHead(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int | None,
         grad_enabled: bool,
+        accumulate_main_grad: bool,
     ) -> tuple[torch.Tensor, ...]:
         needs_hidden, needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
@@ -153,7 +154,7 @@ class _FusedHead(torch.autograd.Function):
                 grad_NW = chunk.grad_NW.mul_((weight_T[rows] / temperature)[:, None])
                 _add_gradients(grad_NW, rows, weight_T[rows] if num_kept < grad_NW.size(0) else None, hidden_TH, head_WH, grad_TH, grad_WH)
         ctx.save_for_backward(grad_TH, grad_WH)
-        ctx.head_dtype = head_WH.dtype
+        ctx.head_dtype, ctx.head_WH = head_WH.dtype, head_WH if accumulate_main_grad else None
         ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T)
         # The loss of a dropped token may be anything, even NaN (a label outside the vocabulary): it is left out, not multiplied by 0.
         return (weight_T * value_T).masked_fill_(weight_T == 0, 0).sum(), value_T, entropy_T, picked_logp_T
@@ -163,8 +164,32 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_TH, grad_WH = ctx.saved_tensors
         scaled_TH = None if grad_TH is None else (grad_TH * grad_sum).to(grad_TH.dtype)
+        if ctx.head_WH is not None and grad_WH is not None:
+            return scaled_TH, _add_to_main_grad(ctx.head_WH, grad_WH, grad_sum), *(None,) * 7
         scaled_WH = None if grad_WH is None else (grad_WH * grad_sum).to(ctx.head_dtype)
-        return scaled_TH, scaled_WH, *(None,) * 6
+        return scaled_TH, scaled_WH, *(None,) * 7
+
+
+def _add_to_main_grad(head_WH: torch.Tensor, grad_WH: torch.Tensor, grad_sum: torch.Tensor) -> torch.Tensor | None:
+    """Add the head's gradient to its `main_grad`, mark it as added, and return what autograd is given instead.
+
+    As Megatron-Core's gradient_accumulation_fusion: a parameter that carries the mark gets a placeholder, so that the data-parallel hook runs.
+    Zeros, where Megatron leaves memory as it is: a caller without that hook finds a `.grad` that changes nothing.
+    """
+    head_WH.main_grad.addcmul_(grad_WH, grad_sum.to(grad_WH.dtype))  # type: ignore[attr-defined]
+    if not hasattr(head_WH, "grad_added_to_main_grad"):
+        return None
+    head_WH.grad_added_to_main_grad = True
+    return torch.zeros_like(head_WH)
+
+
+def _require_main_grad(head_WH: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the head has a `main_grad` of its shape, in the dtype of the arithmetic."""
+    main_grad = getattr(head_WH, "main_grad", None)
+    if main_grad is None:
+        raise ValueError("accumulate_main_grad=True needs student_head_WH.main_grad, got None; pass the parameter itself, or False")
+    for what, left, right in (("shapes", tuple(head_WH.shape), tuple(main_grad.shape)), ("dtypes", dtype, main_grad.dtype)):
+        require_same(what, "the gradient of student_head_WH", left, "student_head_WH.main_grad", right)
 
 
 def _num_kept(weight_T: torch.Tensor, chunks: list[slice]) -> list[int]:
@@ -214,6 +239,7 @@ def fused_head_divergence(
     pointwise_clip: float | None = None,
     chunk_tokens: int | None = None,
     sampled_ids_T: torch.Tensor | None = None,
+    accumulate_main_grad: bool = False,
 ) -> FusedDivergence:
     """Return sum_t weight_t divergence_t of two models given by hidden states and LM heads; kinds and options are those of `vocab_parallel_divergence`.
 
@@ -224,6 +250,8 @@ def fused_head_divergence(
 
     Rows of weight 0 give no gradient and still get their divergence and entropy. With `sampled_ids_T`, `sampled_logp_T` is their log-probability
     under the student at `temperature`, NaN for an id outside the vocabulary. `chunk_tokens` must be the same on all ranks; None fits CHUNK_BYTES.
+    With `accumulate_main_grad` the backward adds the head's gradient, in fp32, to `student_head_WH.main_grad` and sets `grad_added_to_main_grad`
+    where the head has that attribute, as Megatron-Core's gradient_accumulation_fusion does.
     Two collectives per chunk in the forward, three for jsd, skewed and top-k kinds or a clip, none in the backward.
     Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
     not positive.
@@ -234,7 +262,7 @@ def fused_head_divergence(
     objective = _DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
     ids = {} if sampled_ids_T is None else {"sampled_ids_T": sampled_ids_T}
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
-    return _fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids)
+    return _fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids, accumulate_main_grad)
 
 
 def fused_head_cross_entropy(
@@ -246,6 +274,7 @@ def fused_head_cross_entropy(
     token_weight_T: torch.Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    accumulate_main_grad: bool = False,
 ) -> FusedDivergence:
     """Return sum_t weight_t (-log p(target_t)) for supervised fine-tuning; `divergence_T` holds the cross entropy of every token.
 
@@ -255,7 +284,9 @@ def fused_head_cross_entropy(
     _require_head("student", student_hidden_TH, student_head_WH)
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     ids = {"target_ids_T": target_ids_T}
-    return _fused_head(student_hidden_TH, student_head_WH, _CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids)
+    return _fused_head(
+        student_hidden_TH, student_head_WH, _CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids, accumulate_main_grad
+    )
 
 
 def _fused_head(
@@ -267,6 +298,7 @@ def _fused_head(
     temperature: float,
     chunk_tokens: int | None,
     ids: dict[str, torch.Tensor],
+    accumulate_main_grad: bool,
 ) -> FusedDivergence:
     """Check the per-token arguments, run the objective and name its results; the log-probabilities of `ids`, when given, are among them."""
     dtype = compute_dtype(hidden_TH)
@@ -274,8 +306,10 @@ def _fused_head(
     for name, tensor_T in {"token_weight_T": weight_T, **ids}.items():
         require_same("shapes", name, tuple(tensor_T.shape), "the tokens of student_hidden_TH", (hidden_TH.size(0),))
         require_same("devices", name, tensor_T.device, "student_hidden_TH", hidden_TH.device)
+    if accumulate_main_grad:
+        _require_main_grad(head_WH, dtype)
     loss_sum, value_T, entropy_T, picked_logp_T = _FusedHead.apply(
-        hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled()
+        hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
     )
     return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None)
 
