@@ -1,172 +1,17 @@
-"""Divergences between a student's and a teacher's next-token distribution, with the vocabulary split across tensor-parallel ranks.
+"""The divergence of every token from both models' logits, with the vocabulary split across tensor-parallel ranks.
 
-Shapes: T tokens, V vocabulary, W = this rank's slice of V. p is the student's distribution, q the teacher's, both at the loss temperature.
-
-    reverse_kl  KL(p||q) = sum_v p (log p - log q)         forward_kl  KL(q||p) = sum_v q (log q - log p)
-    jsd         beta KL(q||m) + (1 - beta) KL(p||m),  m = beta q + (1 - beta) p
-
-beta = 0 and beta = 1 select forward and reverse KL, as in GKD's code. They are not limits of the formula, which goes to 0 at both ends,
-so the scale of the loss jumps there.
-
-Every gradient here has one form. With the slope s_v = p_v dL/dp_v, the softmax Jacobian gives dL/dz_v = s_v - p_v sum_u s_u.
-The sum over the whole vocabulary (the "correction") is known after the forward, so no backward communicates.
+Shapes: T tokens, W = this rank's slice of the vocabulary. Formulas: `full_divergence` and `class_divergence`.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.vocab_parallel import (
-    CHUNK_MIN_TOKENS,
-    ShardSoftmax,
-    VocabShard,
-    compute_dtype,
-    require_same,
-    token_chunks,
-    vocab_shard,
-    weighted_sum,
-)
-
-KINDS = ("reverse_kl", "forward_kl", "jsd")
-
-
-class ChunkDivergence(NamedTuple):
-    """Divergence of the rows of one chunk and what its gradient needs. `slope_TW` is kept only where the forward had to build it."""
-
-    value_T: torch.Tensor
-    correction_T: torch.Tensor
-    slope_TW: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """Which divergence; `beta` is the teacher's weight in the mixture of jsd. Raises ValueError for an unknown kind or a beta outside [0, 1].
-
-    With `pointwise_clip` = c, each vocabulary entry's summand l_v counts as min(l_v, c), and clipped entries have no gradient (OPSD, arXiv 2601.18734).
-    A clipped divergence can be negative.
-    """
-
-    kind: str
-    beta: float = 0.5
-    pointwise_clip: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is not known; use one of {', '.join(KINDS)}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta={self.beta} must be in [0, 1]")
-        if self.kind == "jsd" and self.beta in (0, 1):
-            object.__setattr__(self, "kind", "forward_kl" if self.beta == 0 else "reverse_kl")
-
-    @property
-    def has_closed_form(self) -> bool:
-        """Whether the value follows from sums of unnormalised exponentials, which saves a collective."""
-        return self.kind != "jsd" and self.pointwise_clip is None
-
-    def evaluate_(
-        self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard, *extra_T: torch.Tensor
-    ) -> tuple[ChunkDivergence, tuple[torch.Tensor, ...]]:
-        """Return the divergence, and the masses of student and teacher followed by the sums of `extra_T`, which ride in the same collective.
-
-        Takes shifted logits and leaves normalised probabilities.
-        """
-        moment = (self._moment(student, teacher),) if self.has_closed_form else ()
-        sums_T = shard.sum(student.mass(), teacher.mass(), *extra_T, *moment)
-        masses = live_masses(*sums_T[:2])
-        student.normalise_(masses[0])
-        teacher.normalise_(masses[1])
-        chunk = self._closed_form(sums_T[-1], *masses) if self.has_closed_form else self._summed(student, teacher, shard)
-        return chunk, (*masses, *sums_T[2 : 2 + len(extra_T)])
-
-    def _moment(self, student: ShardSoftmax, teacher: ShardSoftmax) -> torch.Tensor:
-        return kl_moment(student, teacher) if self.kind == "reverse_kl" else kl_moment(teacher, student)
-
-    def _closed_form(self, moment_T: torch.Tensor, student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> ChunkDivergence:
-        """Return the divergence from sums of exponentials. The slopes are p log(p/q), which sum to the value, or -q, which sum to -1."""
-        if self.kind == "reverse_kl":
-            value_T = kl_from_moment(moment_T, student_mass_T, teacher_mass_T)
-            return ChunkDivergence(value_T, value_T)
-        value_T = kl_from_moment(moment_T, teacher_mass_T, student_mass_T)
-        return ChunkDivergence(value_T, torch.full_like(value_T, -1))
-
-    def _summed(self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> ChunkDivergence:
-        """Return the divergence by summing its entries over the vocabulary: one more collective."""
-        summand_TW, slope_TW = self._terms(student, teacher)
-        if self.pointwise_clip is not None:
-            summand_TW = summand_TW.clamp(max=self.pointwise_clip)
-        value_T, correction_T = shard.sum(summand_TW.sum(-1), slope_TW.sum(-1))
-        return ChunkDivergence(value_T, correction_T, slope_TW)
-
-    def gradient(self, student: ShardSoftmax, teacher: ShardSoftmax, chunk: ChunkDivergence) -> torch.Tensor:
-        """Return dL/dz of this rank's columns, with z the student's logits after the temperature, from normalised probabilities: no collective."""
-        slope_TW = chunk.slope_TW
-        if slope_TW is None:
-            only_teacher = self.kind == "forward_kl" and self.has_closed_form
-            slope_TW = teacher.prob_TW.neg() if only_teacher else self._terms(student, teacher)[1]
-        return slope_TW.addcmul_(student.prob_TW, chunk.correction_T[:, None], value=-1)
-
-    def _terms(self, student: ShardSoftmax, teacher: ShardSoftmax) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summand, not yet clipped, and the slope, 0 where the summand is clipped, of every vocabulary entry."""
-        if self.kind == "reverse_kl":
-            summand_TW = _xlog(student.prob_TW, student.logp_TW - teacher.logp_TW)
-            # d(p log(p/q))/dp = log(p/q) + 1. Without a clip the 1 cancels against the correction, and leaving it out keeps the precision
-            # of a small divergence; over the unclipped entries alone it does not cancel.
-            slope_TW = summand_TW if self.pointwise_clip is None else summand_TW + student.prob_TW
-        elif self.kind == "forward_kl":
-            summand_TW, slope_TW = _xlog(teacher.prob_TW, teacher.logp_TW - student.logp_TW), teacher.prob_TW.neg()
-        else:
-            summand_TW, slope_TW = _jsd_terms(student, teacher, self.beta)
-        if self.pointwise_clip is not None:
-            slope_TW = slope_TW.masked_fill(summand_TW > self.pointwise_clip, 0)
-        return summand_TW, slope_TW
-
-
-def _jsd_terms(student: ShardSoftmax, teacher: ShardSoftmax, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return beta q log(q/m) + (1 - beta) p log(p/m) and its slope (1 - beta) p log(p/m) of every entry.
-
-    With d = log q - log p: log m = max(log p, log q) + r, r = log(1 + w expm1(-|d|)), where w weighs the smaller of the two.
-    This never overflows, and it is exactly 0 where p = q.
-    """
-    gap_TW = teacher.logp_TW - student.logp_TW
-    weight_TW = (gap_TW > 0).to(gap_TW.dtype).mul_(1 - 2 * beta).add_(beta)
-    mixture_TW = gap_TW.abs().neg_().expm1_().mul_(weight_TW).log1p_()
-    slope_TW = _xlog(student.prob_TW, -(gap_TW.clamp(min=0) + mixture_TW)).mul_(1 - beta)
-    teacher_TW = _xlog(teacher.prob_TW, gap_TW.clamp(max=0).sub_(mixture_TW))
-    return teacher_TW.mul_(beta).add_(slope_TW), slope_TW
-
-
-def _xlog(prob_TW: torch.Tensor, log_TW: torch.Tensor) -> torch.Tensor:
-    """Return prob * log with 0 * inf = 0, in the storage of `log_TW`."""
-    return log_TW.mul_(prob_TW).masked_fill_(prob_TW == 0, 0)
-
-
-def kl_moment(left: ShardSoftmax, right: ShardSoftmax) -> torch.Tensor:
-    """Return this rank's part of sum_v e^{u_l} (u_l - u_r), with u the shifted logits. Exactly 0 for equal logits."""
-    return weighted_sum(left.prob_TW, left.logp_TW - right.logp_TW)
-
-
-def kl_from_moment(moment_T: torch.Tensor, left_mass_T: torch.Tensor, right_mass_T: torch.Tensor) -> torch.Tensor:
-    """Return KL(left||right) = moment / a_l - log a_l + log a_r; 0 where a mass is infinite, the mark of a row masked in either model."""
-    value_T = moment_T / left_mass_T - left_mass_T.log() + right_mass_T.log()
-    return value_T.masked_fill_(torch.isinf(left_mass_T), 0)
-
-
-def live_masses(student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both masses, with infinity on the rows that are fully masked in either model: their probabilities, loss and gradient all become 0."""
-    dead_T = (student_mass_T == 0) | (teacher_mass_T == 0)
-    return student_mass_T.masked_fill(dead_T, math.inf), teacher_mass_T.masked_fill(dead_T, math.inf)
-
-
-def shift_to_max_(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, ...]:
-    """Subtract from both models' logits their maxima over the whole vocabulary, which are returned: one collective."""
-    maxima = shard.max(student.local_max(), teacher.local_max())
-    student.shift_(maxima[0])
-    teacher.shift_(maxima[1])
-    return maxima
+from opd_megatron.losses.class_divergence import ALL_KINDS, SAMPLED_KINDS, TOP_K_KINDS, ClassChunk, ClassDivergence, cut_out_
+from opd_megatron.losses.full_divergence import FULL_KINDS, ChunkDivergence, Divergence, shift_to_max_
+from opd_megatron.losses.vocab_parallel import CHUNK_MIN_TOKENS, ShardSoftmax, VocabShard, compute_dtype, require_same, token_chunks, vocab_shard
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
@@ -219,6 +64,48 @@ class _VocabParallelDivergence(torch.autograd.Function):
         return grad_TW, None, None, None, None, None
 
 
+class _ClassDivergence(torch.autograd.Function):
+    """Two collectives per chunk in the forward (MAX, SUM), and an all-gather where ids are chosen; none in the backward.
+
+    Saved: the student's logits as given, and per token the picked ids, the gradient of their classes and two numbers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits_TW: torch.Tensor,
+        teacher_logits_TW: torch.Tensor,
+        divergence: ClassDivergence,
+        shard: VocabShard,
+        temperature: float,
+        chunk_tokens: int | None,
+        sampled_ids_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        chunks = []
+        for rows in token_chunks(student_logits_TW.size(0), student_logits_TW.size(1), student_logits_TW.device, chunk_tokens):
+            student = _chunk_softmax(student_logits_TW[rows], shard, temperature)
+            teacher = _chunk_softmax(teacher_logits_TW[rows], shard, temperature)
+            ids_NK = divergence.pick(student, teacher, shard, None if sampled_ids_T is None else sampled_ids_T[rows])
+            chunks.append(divergence.evaluate_(student, teacher, ids_NK, shard)[0])
+        ctx.save_for_backward(student_logits_TW, *(tensor for chunk in chunks for tensor in chunk))
+        ctx.divergence, ctx.shard, ctx.temperature, ctx.chunk_tokens = divergence, shard, temperature, chunk_tokens
+        return torch.cat([chunk.value_N for chunk in chunks]) if chunks else student_logits_TW.new_empty(0, dtype=compute_dtype(student_logits_TW))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student_logits_TW, *saved = ctx.saved_tensors
+        grad_TW = torch.zeros_like(student_logits_TW)
+        for index, rows in enumerate(token_chunks(student_logits_TW.size(0), student_logits_TW.size(1), student_logits_TW.device, ctx.chunk_tokens)):
+            chunk = ClassChunk(*saved[index * len(ClassChunk._fields) : (index + 1) * len(ClassChunk._fields)])
+            student = _chunk_softmax(student_logits_TW[rows], ctx.shard, ctx.temperature)
+            cut_out_(student, chunk.ids_NK, ctx.shard)
+            student.shift_(chunk.rest_max_N)
+            grad_NW = ctx.divergence.gradient(student.prob_TW, chunk, ctx.shard)
+            grad_TW[rows, : ctx.shard.width] = grad_NW.mul_((grad_T[rows] / ctx.temperature)[:, None])
+        return grad_TW, *(None,) * 6
+
+
 def _chunk_softmax(logits_TW: torch.Tensor, shard: VocabShard, temperature: float) -> ShardSoftmax:
     """Return the softmax, not started, of the real columns of some rows: on a copy, in the arithmetic's dtype."""
     return ShardSoftmax(logits_TW[:, : shard.width].to(compute_dtype(logits_TW), copy=True).div_(temperature))
@@ -230,6 +117,28 @@ def require_temperature(temperature: float) -> None:
         raise ValueError(f"temperature={temperature} must be positive")
 
 
+def make_divergence(
+    *, kind: str, beta: float, alpha: float | None, top_k: int | None, support: str | None, pointwise_clip: float | None
+) -> Divergence | ClassDivergence:
+    """Return the divergence of any kind; ValueError for an unknown one, or an option that does not belong to it."""
+    if kind not in ALL_KINDS:
+        raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(ALL_KINDS)}")
+    if kind in FULL_KINDS:
+        for name, value in (("top_k", top_k), ("support", support)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} belongs to {', '.join(TOP_K_KINDS)}, not to kind={kind!r}")
+        return Divergence(kind=kind, beta=beta, alpha=alpha, pointwise_clip=pointwise_clip)
+    if alpha is not None:
+        raise ValueError(f"alpha={alpha} belongs to skew_forward and skew_reverse, not to kind={kind!r}")
+    return ClassDivergence(kind=kind, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
+
+
+def require_sampled_ids(kind: str, sampled_ids_T: torch.Tensor | None) -> None:
+    """Raise ValueError when a kind that compares sampled tokens gets none."""
+    if kind in SAMPLED_KINDS and sampled_ids_T is None:
+        raise ValueError(f"kind={kind!r} compares the tokens that were sampled; pass their ids as sampled_ids_T, got None")
+
+
 def vocab_parallel_divergence(
     student_logits_TW: torch.Tensor,
     teacher_logits_TW: torch.Tensor,
@@ -237,21 +146,32 @@ def vocab_parallel_divergence(
     kind: str,
     tp_group: dist.ProcessGroup | None = None,
     beta: float = 0.5,
+    alpha: float | None = None,
+    top_k: int | None = None,
+    support: str | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     pointwise_clip: float | None = None,
     shard_start: int | None = None,
+    sampled_ids_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the divergence of every token in nats, [T], in fp32; differentiable once, in the student's logits.
 
     The logits are [T, W]: this rank's slice of the vocabulary, or all of it with `tp_group=None`. Ids from `vocab_size` on are padding:
-    masked in both models, with a gradient of exactly 0. `kind`, `beta` and `pointwise_clip` are those of `Divergence`; `temperature` divides
-    both models' logits, and no factor of its square is applied. The result is the same on all ranks of the group, each of which must run the
-    backward on it. A row that is fully masked in either model has divergence 0 and gradient 0.
+    masked in both models, with a gradient of exactly 0. `kind` and its options are those of `Divergence` (`beta`, `alpha`) and `ClassDivergence`
+    (`top_k`, `support`, and `sampled_ids_T` for k1 and k3, NaN for an id outside the vocabulary); `pointwise_clip` is for all but k1 and k3.
+    `temperature` divides both models' logits, and no factor of its square is applied. The result is the same on all ranks of the group,
+    each of which must run the backward on it. A row that is fully masked in either model has divergence 0 and gradient 0.
     Shards of uneven width need `shard_start`, the global id of the first column, on every rank.
-    Raises ValueError for arguments that disagree, an unknown kind, a beta outside [0, 1] or a temperature that is not positive.
+    Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
+    not positive.
     """
-    divergence = Divergence(kind=kind, beta=beta, pointwise_clip=pointwise_clip)
+    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
+    require_sampled_ids(kind, sampled_ids_T)
+    if sampled_ids_T is not None:
+        if kind not in SAMPLED_KINDS:
+            raise ValueError(f"sampled_ids_T belongs to {' and '.join(SAMPLED_KINDS)}, not to kind={kind!r}")
+        require_same("shapes", "sampled_ids_T", tuple(sampled_ids_T.shape), "the tokens of student_logits_TW", (student_logits_TW.size(0),))
     require_temperature(temperature)
     for what, student, teacher in (
         ("shapes", tuple(student_logits_TW.shape), tuple(teacher_logits_TW.shape)),
@@ -264,4 +184,6 @@ def vocab_parallel_divergence(
     shard = vocab_shard(student_logits_TW.size(1), tp_group=tp_group, vocab_size=vocab_size, start=shard_start)
     # All ranks must cut the tokens alike, so a chunk may follow from W only where W is the same everywhere.
     chunk_tokens = None if shard_start is None else CHUNK_MIN_TOKENS
+    if isinstance(divergence, ClassDivergence):
+        return _ClassDivergence.apply(student_logits_TW, teacher_logits_TW, divergence, shard, temperature, chunk_tokens, sampled_ids_T)
     return _VocabParallelDivergence.apply(student_logits_TW, teacher_logits_TW, divergence, shard, temperature, chunk_tokens)

@@ -6,6 +6,7 @@ The gradient is computed in the forward, chunk by chunk, because the logits exis
 of a backward that recomputes them. It follows that token weights are inputs here, and that the backward can only scale by one number.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.divergences import Divergence, kl_from_moment, kl_moment, live_masses, require_temperature, shift_to_max_
+from opd_megatron.losses.class_divergence import ClassDivergence
+from opd_megatron.losses.divergences import make_divergence, require_sampled_ids, require_temperature
+from opd_megatron.losses.full_divergence import Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
 from opd_megatron.losses.head_products import add_head_gradient_, head_logits, hidden_gradient
 from opd_megatron.losses.vocab_parallel import (
     ShardSoftmax,
@@ -69,12 +72,14 @@ class _DivergenceObjective:
 
     teacher_hidden_TG: torch.Tensor
     teacher_head_WG: torch.Tensor
-    divergence: Divergence
+    divergence: Divergence | ClassDivergence
     temperature: float
     sampled_ids_T: torch.Tensor | None
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool) -> ChunkLoss:
         teacher = _chunk_softmax(self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, student.logp_TW.dtype)
+        if isinstance(self.divergence, ClassDivergence):
+            return self._over_classes(self.divergence, student, teacher, rows, shard, with_gradient)
         shift_to_max_(student, teacher, shard)
         picked = () if self.sampled_ids_T is None else student.owned_logit(self.sampled_ids_T[rows], shard)
         chunk, sums = self.divergence.evaluate_(student, teacher, shard, student.entropy_moment(), *picked)
@@ -82,6 +87,17 @@ class _DivergenceObjective:
         entropy_N = entropy(moment_N, mass_N)
         logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
         return ChunkLoss(chunk.value_T, entropy_N, logp_N, self.divergence.gradient(student, teacher, chunk) if with_gradient else None)
+
+    def _over_classes(
+        self, divergence: ClassDivergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool
+    ) -> ChunkLoss:
+        sampled_N = None if self.sampled_ids_T is None else self.sampled_ids_T[rows]
+        ids_NK = divergence.pick(student, teacher, shard, sampled_N)
+        picked = () if sampled_N is None else student.owned_logit(sampled_N, shard)
+        chunk, picked_N = divergence.evaluate_(student, teacher, ids_NK, shard, *picked)
+        logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(picked_N[1] == 0, math.nan) if picked_N else None
+        gradient_NW = divergence.gradient(student.prob_TW, chunk, shard) if with_gradient else None
+        return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW)
 
 
 @dataclass(frozen=True)
@@ -121,22 +137,24 @@ class _FusedHead(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int | None,
         grad_enabled: bool,
+        accumulate_main_grad: bool,
     ) -> tuple[torch.Tensor, ...]:
         needs_hidden, needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        grad_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        grad_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
         grad_WH = torch.zeros_like(head_WH, dtype=weight_T.dtype) if needs_head else None
         value_T, entropy_T, picked_logp_T = (torch.empty_like(weight_T) for _ in range(3))
-        for rows in token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens):
+        chunks = list(token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
+        for rows, num_kept in zip(chunks, _num_kept(weight_T, chunks)):
             student = _chunk_softmax(hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype)
-            chunk = objective(student, rows, shard, needs_hidden or needs_head)
+            chunk = objective(student, rows, shard, num_kept > 0 and (needs_hidden or needs_head))
             value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
             if chunk.picked_logp_N is not None:
                 picked_logp_T[rows] = chunk.picked_logp_N
             if chunk.grad_NW is not None:
-                chunk.grad_NW.mul_((weight_T[rows] / temperature)[:, None])
-                _add_gradients(chunk.grad_NW, rows, hidden_TH, head_WH, grad_TH, grad_WH)
+                grad_NW = chunk.grad_NW.mul_((weight_T[rows] / temperature)[:, None])
+                _add_gradients(grad_NW, rows, weight_T[rows] if num_kept < grad_NW.size(0) else None, hidden_TH, head_WH, grad_TH, grad_WH)
         ctx.save_for_backward(grad_TH, grad_WH)
-        ctx.head_dtype = head_WH.dtype
+        ctx.head_dtype, ctx.head_WH = head_WH.dtype, head_WH if accumulate_main_grad else None
         ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T)
         # The loss of a dropped token may be anything, even NaN (a label outside the vocabulary): it is left out, not multiplied by 0.
         return (weight_T * value_T).masked_fill_(weight_T == 0, 0).sum(), value_T, entropy_T, picked_logp_T
@@ -146,24 +164,61 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_TH, grad_WH = ctx.saved_tensors
         scaled_TH = None if grad_TH is None else (grad_TH * grad_sum).to(grad_TH.dtype)
+        if ctx.head_WH is not None and grad_WH is not None:
+            return scaled_TH, _add_to_main_grad(ctx.head_WH, grad_WH, grad_sum), *(None,) * 7
         scaled_WH = None if grad_WH is None else (grad_WH * grad_sum).to(ctx.head_dtype)
-        return scaled_TH, scaled_WH, *(None,) * 6
+        return scaled_TH, scaled_WH, *(None,) * 7
+
+
+def _add_to_main_grad(head_WH: torch.Tensor, grad_WH: torch.Tensor, grad_sum: torch.Tensor) -> torch.Tensor | None:
+    """Add the head's gradient to its `main_grad`, mark it as added, and return what autograd is given instead.
+
+    As Megatron-Core's gradient_accumulation_fusion: a parameter that carries the mark gets a placeholder, so that the data-parallel hook runs.
+    Zeros, where Megatron leaves memory as it is: a caller without that hook finds a `.grad` that changes nothing.
+    """
+    head_WH.main_grad.addcmul_(grad_WH, grad_sum.to(grad_WH.dtype))  # type: ignore[attr-defined]
+    if not hasattr(head_WH, "grad_added_to_main_grad"):
+        return None
+    head_WH.grad_added_to_main_grad = True
+    return torch.zeros_like(head_WH)
+
+
+def _require_main_grad(head_WH: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the head has a `main_grad` of its shape, in the dtype of the arithmetic."""
+    main_grad = getattr(head_WH, "main_grad", None)
+    if main_grad is None:
+        raise ValueError("accumulate_main_grad=True needs student_head_WH.main_grad, got None; pass the parameter itself, or False")
+    for what, left, right in (("shapes", tuple(head_WH.shape), tuple(main_grad.shape)), ("dtypes", dtype, main_grad.dtype)):
+        require_same(what, "the gradient of student_head_WH", left, "student_head_WH.main_grad", right)
+
+
+def _num_kept(weight_T: torch.Tensor, chunks: list[slice]) -> list[int]:
+    """Return how many tokens of each chunk have a weight: one wait for the device in all."""
+    return torch.stack([weight_T[rows].count_nonzero() for rows in chunks]).tolist() if chunks else []
 
 
 def _add_gradients(
     grad_NW: torch.Tensor,
     rows: slice,
+    weight_N: torch.Tensor | None,
     hidden_TH: torch.Tensor,
     head_WH: torch.Tensor,
     grad_TH: torch.Tensor | None,
     grad_WH: torch.Tensor | None,
 ) -> None:
-    """Write one chunk's gradient of the hidden states and add its gradient of the head, each where it is wanted."""
-    width = grad_NW.size(1)
+    """Write one chunk's gradient of the hidden states and add its gradient of the head, each where it is wanted; of the rows with weight only."""
+    hidden_NH, width = hidden_TH[rows], grad_NW.size(1)
+    if weight_N is not None:
+        kept = weight_N.nonzero().squeeze(1)
+        grad_NW, hidden_NH = grad_NW[kept], hidden_NH[kept]
     if grad_TH is not None:
-        grad_TH[rows] = hidden_gradient(grad_NW, head_WH[:width])
+        grad_NH = hidden_gradient(grad_NW, head_WH[:width]).to(grad_TH.dtype)
+        if weight_N is None:
+            grad_TH[rows] = grad_NH
+        else:
+            grad_TH[rows].index_copy_(0, kept, grad_NH)
     if grad_WH is not None:
-        add_head_gradient_(grad_WH[:width], grad_NW, hidden_TH[rows])
+        add_head_gradient_(grad_WH[:width], grad_NW, hidden_NH)
 
 
 def fused_head_divergence(
@@ -176,13 +231,17 @@ def fused_head_divergence(
     tp_group: dist.ProcessGroup | None = None,
     token_weight_T: torch.Tensor | None = None,
     beta: float = 0.5,
+    alpha: float | None = None,
+    top_k: int | None = None,
+    support: str | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     pointwise_clip: float | None = None,
     chunk_tokens: int | None = None,
     sampled_ids_T: torch.Tensor | None = None,
+    accumulate_main_grad: bool = False,
 ) -> FusedDivergence:
-    """Return sum_t weight_t divergence_t of two models given by hidden states and LM heads; the formulas are those of `divergences`.
+    """Return sum_t weight_t divergence_t of two models given by hidden states and LM heads; kinds and options are those of `vocab_parallel_divergence`.
 
     All ranks of the group hold the same hidden states, the same T, and W rows of each head (Megatron pads the vocabulary so that W is equal).
     **The gradient of `student_hidden_TH` is this rank's part only; the caller sums it over the group**, which Megatron's
@@ -191,15 +250,19 @@ def fused_head_divergence(
 
     Rows of weight 0 give no gradient and still get their divergence and entropy. With `sampled_ids_T`, `sampled_logp_T` is their log-probability
     under the student at `temperature`, NaN for an id outside the vocabulary. `chunk_tokens` must be the same on all ranks; None fits CHUNK_BYTES.
-    Two collectives per chunk in the forward, three for jsd or a clip, none in the backward.
-    Raises ValueError for arguments that disagree, an unknown kind, a beta outside [0, 1] or a temperature that is not positive.
+    With `accumulate_main_grad` the backward adds the head's gradient, in fp32, to `student_head_WH.main_grad` and sets `grad_added_to_main_grad`
+    where the head has that attribute, as Megatron-Core's gradient_accumulation_fusion does.
+    Two collectives per chunk in the forward, three for jsd, skewed and top-k kinds or a clip, none in the backward.
+    Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
+    not positive.
     """
-    divergence = Divergence(kind=kind, beta=beta, pointwise_clip=pointwise_clip)
+    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
+    require_sampled_ids(kind, sampled_ids_T)
     _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG, temperature)
     objective = _DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
     ids = {} if sampled_ids_T is None else {"sampled_ids_T": sampled_ids_T}
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
-    return _fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids)
+    return _fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids, accumulate_main_grad)
 
 
 def fused_head_cross_entropy(
@@ -211,6 +274,7 @@ def fused_head_cross_entropy(
     token_weight_T: torch.Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    accumulate_main_grad: bool = False,
 ) -> FusedDivergence:
     """Return sum_t weight_t (-log p(target_t)) for supervised fine-tuning; `divergence_T` holds the cross entropy of every token.
 
@@ -220,7 +284,9 @@ def fused_head_cross_entropy(
     _require_head("student", student_hidden_TH, student_head_WH)
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     ids = {"target_ids_T": target_ids_T}
-    return _fused_head(student_hidden_TH, student_head_WH, _CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids)
+    return _fused_head(
+        student_hidden_TH, student_head_WH, _CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids, accumulate_main_grad
+    )
 
 
 def _fused_head(
@@ -232,6 +298,7 @@ def _fused_head(
     temperature: float,
     chunk_tokens: int | None,
     ids: dict[str, torch.Tensor],
+    accumulate_main_grad: bool,
 ) -> FusedDivergence:
     """Check the per-token arguments, run the objective and name its results; the log-probabilities of `ids`, when given, are among them."""
     dtype = compute_dtype(hidden_TH)
@@ -239,8 +306,10 @@ def _fused_head(
     for name, tensor_T in {"token_weight_T": weight_T, **ids}.items():
         require_same("shapes", name, tuple(tensor_T.shape), "the tokens of student_hidden_TH", (hidden_TH.size(0),))
         require_same("devices", name, tensor_T.device, "student_hidden_TH", hidden_TH.device)
+    if accumulate_main_grad:
+        _require_main_grad(head_WH, dtype)
     loss_sum, value_T, entropy_T, picked_logp_T = _FusedHead.apply(
-        hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled()
+        hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
     )
     return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None)
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 # Size of one fp32 [chunk, W] tensor, of which about five live at once. On CPU a chunk that stays near the caches is faster than a large one.
 # A chunk also reads both heads and updates the head's gradient once, which few rows do not pay for: an accelerator wants about a thousand.
-CHUNK_BYTES = {"cpu": 8 << 20, "accelerator": 512 << 20}
-CHUNK_MIN_TOKENS = 64
+CHUNK_BYTES = {"cpu": 16 << 20, "accelerator": 512 << 20}
+CHUNK_MIN_TOKENS = 128
 
 
 @dataclass(frozen=True)

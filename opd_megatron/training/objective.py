@@ -5,13 +5,14 @@ Shapes: T scored positions, H student hidden, G teacher hidden, W this rank's sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.config import LossConfig
 from opd_megatron.data.batches import PaddedBatch
+from opd_megatron.losses.class_divergence import SAMPLED_KINDS, TOP_K_KINDS
 from opd_megatron.losses.fused_head import FusedDivergence, fused_head_cross_entropy, fused_head_divergence
 
 
@@ -37,7 +38,8 @@ class Distillation:
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
         assert self.teacher_head_WG is not None
         assert micro_batch.teacher_hidden_TG is not None, "scores arrive on the last stage"
-        return fused_head_divergence(
+        by_sampled_token = self.loss.kind in SAMPLED_KINDS
+        result = fused_head_divergence(
             hidden_TH,
             head_WH,
             micro_batch.teacher_hidden_TG,
@@ -45,12 +47,16 @@ class Distillation:
             kind=self.loss.kind,
             tp_group=self.tp_group,
             beta=self.loss.beta,
+            alpha=self.loss.alpha,
+            top_k=self.loss.top_k,
+            support=self.loss.support if self.loss.kind in TOP_K_KINDS else None,
             vocab_size=self.vocab_size,
             temperature=self.loss.temperature,
             pointwise_clip=self.loss.pointwise_clip,
             chunk_tokens=self.loss.chunk_tokens,
-            sampled_ids_T=micro_batch.batch.target_T if self.recompute_logp else None,
+            sampled_ids_T=micro_batch.batch.target_T if self.recompute_logp or by_sampled_token else None,
         )
+        return result if self.recompute_logp else replace(result, sampled_logp_T=None)
 
 
 @dataclass(frozen=True, kw_only=True)

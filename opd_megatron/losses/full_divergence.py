@@ -1,0 +1,206 @@
+"""Divergences over the whole vocabulary, one chunk of tokens at a time, with the vocabulary split across tensor-parallel ranks.
+
+Shapes: T tokens, V vocabulary, W = this rank's slice of V. p is the student's distribution, q the teacher's, both at the loss temperature.
+
+    reverse_kl  KL(p||q) = sum_v p (log p - log q)         forward_kl  KL(q||p) = sum_v q (log q - log p)
+    jsd         beta KL(q||m) + (1 - beta) KL(p||m),  m = beta q + (1 - beta) p
+    skew_forward  KL(q||m),  m = alpha q + (1 - alpha) p   skew_reverse  KL(p||m),  m = (1 - alpha) q + alpha p        (arXiv 2402.03898)
+
+beta = 0 and beta = 1 select forward and reverse KL, as in GKD's code. They are not limits of the formula, which goes to 0 at both ends,
+so the scale of the loss jumps there. alpha is the share in the mixture of the distribution that comes first in the KL; at 0 the skewed
+divergences are forward and reverse KL. The kinds that look at few tokens, top-k and sampled ones, are in `class_divergence`.
+
+Every gradient here has one form. With the slope s_v = p_v dL/dp_v, the softmax Jacobian gives dL/dz_v = s_v - p_v sum_u s_u.
+The sum over the whole vocabulary (the "correction") is known after the forward, so no backward communicates.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, weighted_sum
+
+FULL_KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_forward", "skew_reverse")
+DEFAULT_ALPHA = 0.1
+
+
+class ChunkDivergence(NamedTuple):
+    """Divergence of the rows of one chunk and what its gradient needs. `slope_TW` is kept only where the forward had to build it."""
+
+    value_T: torch.Tensor
+    correction_T: torch.Tensor
+    slope_TW: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """Which divergence; `beta` is the teacher's weight in the mixture of jsd, `alpha` the skew, by default 0.1.
+
+    Raises ValueError for an unknown kind, a beta outside [0, 1], an alpha outside [0, 1) or for a kind that has none.
+
+    With `pointwise_clip` = c, each vocabulary entry's summand l_v counts as min(l_v, c), and clipped entries have no gradient (OPSD, arXiv 2601.18734).
+    A clipped divergence can be negative.
+    """
+
+    kind: str
+    beta: float = 0.5
+    alpha: float | None = None
+    pointwise_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in FULL_KINDS:
+            raise ValueError(f"kind={self.kind!r} is not known; use one of {', '.join(FULL_KINDS)}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta} must be in [0, 1]")
+        if self.kind == "jsd" and self.beta in (0, 1):
+            object.__setattr__(self, "kind", "forward_kl" if self.beta == 0 else "reverse_kl")
+        if self.alpha is not None and not self.kind.startswith("skew"):
+            raise ValueError(f"alpha={self.alpha} belongs to skew_forward and skew_reverse, not to kind={self.kind!r}")
+        if self.kind.startswith("skew"):
+            alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
+            if not 0 <= alpha < 1:
+                raise ValueError(f"alpha={alpha} must be in [0, 1): at 1 the divergence is 0 whatever the student does")
+            object.__setattr__(self, "alpha", alpha)
+            if alpha == 0:
+                object.__setattr__(self, "kind", "forward_kl" if self.kind == "skew_forward" else "reverse_kl")
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the value follows from sums of unnormalised exponentials, which saves a collective."""
+        return self.kind in ("reverse_kl", "forward_kl") and self.pointwise_clip is None
+
+    def evaluate_(
+        self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard, *extra_T: torch.Tensor
+    ) -> tuple[ChunkDivergence, tuple[torch.Tensor, ...]]:
+        """Return the divergence, and the masses of student and teacher followed by the sums of `extra_T`, which ride in the same collective.
+
+        Takes shifted logits and leaves normalised probabilities.
+        """
+        moment = (self._moment(student, teacher),) if self.has_closed_form else ()
+        sums_T = shard.sum(student.mass(), teacher.mass(), *extra_T, *moment)
+        masses = live_masses(*sums_T[:2])
+        student.normalise_(masses[0])
+        teacher.normalise_(masses[1])
+        chunk = self._closed_form(sums_T[-1], *masses) if self.has_closed_form else self._summed(student, teacher, shard)
+        return chunk, (*masses, *sums_T[2 : 2 + len(extra_T)])
+
+    def _moment(self, student: ShardSoftmax, teacher: ShardSoftmax) -> torch.Tensor:
+        return kl_moment(student, teacher) if self.kind == "reverse_kl" else kl_moment(teacher, student)
+
+    def _closed_form(self, moment_T: torch.Tensor, student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> ChunkDivergence:
+        """Return the divergence from sums of exponentials. The slopes are p log(p/q), which sum to the value, or -q, which sum to -1."""
+        if self.kind == "reverse_kl":
+            value_T = kl_from_moment(moment_T, student_mass_T, teacher_mass_T)
+            return ChunkDivergence(value_T, value_T)
+        value_T = kl_from_moment(moment_T, teacher_mass_T, student_mass_T)
+        return ChunkDivergence(value_T, torch.full_like(value_T, -1))
+
+    def _summed(self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> ChunkDivergence:
+        """Return the divergence by summing its entries over the vocabulary: one more collective."""
+        summand_TW, slope_TW = self._terms(student, teacher)
+        if self.pointwise_clip is not None:
+            summand_TW = summand_TW.clamp(max=self.pointwise_clip)
+        value_T, correction_T = shard.sum(summand_TW.sum(-1), slope_TW.sum(-1))
+        return ChunkDivergence(value_T, correction_T, slope_TW)
+
+    def gradient(self, student: ShardSoftmax, teacher: ShardSoftmax, chunk: ChunkDivergence) -> torch.Tensor:
+        """Return dL/dz of this rank's columns, with z the student's logits after the temperature, from normalised probabilities: no collective."""
+        slope_TW = chunk.slope_TW
+        if slope_TW is None:
+            only_teacher = self.kind == "forward_kl" and self.has_closed_form
+            slope_TW = teacher.prob_TW.neg() if only_teacher else self._terms(student, teacher)[1]
+        return slope_TW.addcmul_(student.prob_TW, chunk.correction_T[:, None], value=-1)
+
+    def _terms(self, student: ShardSoftmax, teacher: ShardSoftmax) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summand, not yet clipped, and the slope, 0 where the summand is clipped, of every vocabulary entry."""
+        # dL/dp = a + c with a constant c has the gradient of dL/dp = a: over all entries, c cancels against the correction. Leaving it out
+        # keeps the precision of a small divergence. Over the unclipped entries alone it does not cancel.
+        constant = 0.0
+        if self.kind == "reverse_kl":
+            summand_TW, constant = _xlog(student.prob_TW, student.logp_TW - teacher.logp_TW), 1.0
+            slope_TW = summand_TW
+        elif self.kind == "forward_kl":
+            summand_TW, slope_TW = _xlog(teacher.prob_TW, teacher.logp_TW - student.logp_TW), teacher.prob_TW.neg()
+        elif self.kind == "jsd":
+            summand_TW, slope_TW = _jsd_terms(student, teacher, self.beta)
+        else:
+            assert self.alpha is not None
+            forward = self.kind == "skew_forward"
+            summand_TW, slope_TW = (_skew_forward_terms if forward else _skew_reverse_terms)(student, teacher, self.alpha)
+            constant = self.alpha - 1 if forward else 1 - self.alpha
+        if self.pointwise_clip is None:
+            return summand_TW, slope_TW
+        return summand_TW, slope_TW.add(student.prob_TW, alpha=constant).masked_fill_(summand_TW > self.pointwise_clip, 0)
+
+
+def _mixture(gap_TW: torch.Tensor, teacher_share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return r and expm1(-|d|), where d = log q - log p and the mixture is log m = max(log p, log q) + r.
+
+    r = log(1 + w expm1(-|d|)), where w is the share of the smaller of the two. This never overflows, and it is exactly 0 where p = q.
+    """
+    weight_TW = (gap_TW > 0).to(gap_TW.dtype).mul_(1 - 2 * teacher_share).add_(teacher_share)
+    gap_exp_TW = gap_TW.abs().neg_().expm1_()
+    return weight_TW.mul_(gap_exp_TW).log1p_(), gap_exp_TW
+
+
+def _jsd_terms(student: ShardSoftmax, teacher: ShardSoftmax, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return beta q log(q/m) + (1 - beta) p log(p/m) and its slope (1 - beta) p log(p/m) of every entry."""
+    gap_TW = teacher.logp_TW - student.logp_TW
+    mixture_TW, _ = _mixture(gap_TW, beta)
+    slope_TW = _xlog(student.prob_TW, -(gap_TW.clamp(min=0) + mixture_TW)).mul_(1 - beta)
+    teacher_TW = _xlog(teacher.prob_TW, gap_TW.clamp(max=0).sub_(mixture_TW))
+    return teacher_TW.mul_(beta).add_(slope_TW), slope_TW
+
+
+def _skew_forward_terms(student: ShardSoftmax, teacher: ShardSoftmax, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q log(q/m) and the slope (1 - alpha)^2 p (p - q)/m, that is -(1 - alpha) p q/m without its constant, m = alpha q + (1 - alpha) p."""
+    gap_TW = teacher.logp_TW - student.logp_TW
+    mixture_TW, gap_exp_TW = _mixture(gap_TW, alpha)
+    slope_TW = _xlog(student.prob_TW, _student_excess(gap_TW, gap_exp_TW, mixture_TW)).mul_((1 - alpha) ** 2)
+    return _xlog(teacher.prob_TW, gap_TW.clamp_(max=0).sub_(mixture_TW)), slope_TW
+
+
+def _skew_reverse_terms(student: ShardSoftmax, teacher: ShardSoftmax, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return p log(p/m) and the slope p (log(p/m) - alpha (1 - alpha) (p - q)/m), again without its constant, m = (1 - alpha) q + alpha p."""
+    gap_TW = teacher.logp_TW - student.logp_TW
+    mixture_TW, gap_exp_TW = _mixture(gap_TW, 1 - alpha)
+    excess_TW = _xlog(student.prob_TW, _student_excess(gap_TW, gap_exp_TW, mixture_TW))
+    summand_TW = _xlog(student.prob_TW, gap_TW.clamp_(min=0).add_(mixture_TW).neg_())
+    return summand_TW, excess_TW.mul_(-alpha * (1 - alpha)).add_(summand_TW)
+
+
+def _student_excess(gap_TW: torch.Tensor, gap_exp_TW: torch.Tensor, mixture_TW: torch.Tensor) -> torch.Tensor:
+    """Return (p - q)/m: with e = expm1(-|d|) it is e/e^r where the teacher is ahead and -e/e^r elsewhere."""
+    return torch.where(gap_TW > 0, gap_exp_TW, gap_exp_TW.neg()).div_(mixture_TW.exp())
+
+
+def _xlog(prob_TW: torch.Tensor, log_TW: torch.Tensor) -> torch.Tensor:
+    """Return prob * log with 0 * inf = 0, in the storage of `log_TW`."""
+    return log_TW.mul_(prob_TW).masked_fill_(prob_TW == 0, 0)
+
+
+def kl_moment(left: ShardSoftmax, right: ShardSoftmax) -> torch.Tensor:
+    """Return this rank's part of sum_v e^{u_l} (u_l - u_r), with u the shifted logits. Exactly 0 for equal logits."""
+    return weighted_sum(left.prob_TW, left.logp_TW - right.logp_TW)
+
+
+def kl_from_moment(moment_T: torch.Tensor, left_mass_T: torch.Tensor, right_mass_T: torch.Tensor) -> torch.Tensor:
+    """Return KL(left||right) = moment / a_l - log a_l + log a_r; 0 where a mass is infinite, the mark of a row masked in either model."""
+    value_T = moment_T / left_mass_T - left_mass_T.log() + right_mass_T.log()
+    return value_T.masked_fill_(torch.isinf(left_mass_T), 0)
+
+
+def live_masses(student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both masses, with infinity on the rows that are fully masked in either model: their probabilities, loss and gradient all become 0."""
+    dead_T = (student_mass_T == 0) | (teacher_mass_T == 0)
+    return student_mass_T.masked_fill(dead_T, math.inf), teacher_mass_T.masked_fill(dead_T, math.inf)
+
+
+def shift_to_max_(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, ...]:
+    """Subtract from both models' logits their maxima over the whole vocabulary, which are returned: one collective."""
+    maxima = shard.max(student.local_max(), teacher.local_max())
+    student.shift_(maxima[0])
+    teacher.shift_(maxima[1])
+    return maxima
