@@ -8,7 +8,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,11 @@ from typing import Any
 _SECONDS_AFTER_FIRST_ERROR = 5
 
 
-def _serve(rank: int, inbox: Any, outbox: Any) -> None:
-    """Run one job after another; a job is (function, arguments, world size, rendezvous file)."""
+def _serve(rank: int, inbox: Any, outbox: Any, stacks: Path) -> None:
+    """Run one job after another; a job is (function, arguments, world size, rendezvous file). SIGUSR1 writes every thread's stack to `stacks`."""
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import datetime
+    import faulthandler
 
     import torch
     import torch.distributed as dist
@@ -29,6 +32,7 @@ def _serve(rank: int, inbox: Any, outbox: Any) -> None:
     from opd_megatron.parallel.cpu import enable_cpu_backend
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=stacks.open("w"), all_threads=True)
     enable_cpu_backend()
     while (job := _next_job(inbox)) is not None:
         function, arguments, world_size, store = job
@@ -85,16 +89,28 @@ class RankPool:
         errors = [f"rank {rank}:\n{outcome[1]}" for rank, outcome in sorted(outcomes.items()) if outcome[0] == "error"]
         silent = sorted(set(range(world_size)) - set(outcomes))
         if errors or silent:
+            hung = [self._silence_of(rank) for rank in silent]
             self.close()
-            raise AssertionError("\n".join([*errors, *([f"no answer from ranks {silent}"] if silent else [])]))
+            raise AssertionError("\n".join([*errors, *hung]))
         return [outcomes[rank][1] for rank in range(world_size)]
+
+    def _silence_of(self, rank: int) -> str:
+        """Return where a rank that gave no answer stands, or how it died."""
+        process = self._processes[rank]
+        if not process.is_alive():
+            return f"rank {rank} gave no answer: it ended with exit code {process.exitcode}"
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return f"rank {rank} gave no answer; it stands at\n{self._stacks[rank].read_text()}"
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(self._size)]
-        self._processes = [context.Process(target=_serve, args=(rank, inbox, self._outbox)) for rank, inbox in enumerate(self._inboxes)]
+        self._stacks = [Path(self._folder.name) / f"stacks_of_rank_{rank}" for rank in range(self._size)]
+        ranks = zip(range(self._size), self._inboxes, self._stacks, strict=True)
+        self._processes = [context.Process(target=_serve, args=(rank, inbox, self._outbox, stacks)) for rank, inbox, stacks in ranks]
         for process in self._processes:
             process.start()
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from opd_megatron.models.gpt import hidden_states_only
 from opd_megatron.parallel.groups import ModelGroups
@@ -23,15 +22,37 @@ def inference_mode(model: GPTModel, groups: ModelGroups) -> Iterator[None]:
     """Evaluation mode, no gradients, and no sequence parallelism: a decoding step has one position, which cannot be split."""
     was_training = model.training
     model.eval()
-    if groups.layout.sequence:
-        set_model_to_sequence_parallel(model, False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_sequence_parallelism(model):
             yield
     finally:
-        if groups.layout.sequence:
-            set_model_to_sequence_parallel(model, True)
         model.train(was_training)
+
+
+# Where Megatron-Core's modules, and the configuration they share, remember that activations are split along the sequence.
+_SEQUENCE_ATTRIBUTES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextmanager
+def _without_sequence_parallelism(model: GPTModel) -> Iterator[None]:
+    """Switch sequence parallelism off in every module, and back to what each had.
+
+    Megatron's set_model_to_sequence_parallel keeps the modules of each model in a cache by id(): a freed model's weights stay in memory,
+    and a later model at the same address is not switched, on one rank and not on the next, which ends in a hang.
+    """
+    switched = [
+        (owner, name, value)
+        for owner in [model.config, *model.modules()]
+        for name in _SEQUENCE_ATTRIBUTES
+        if isinstance(value := getattr(owner, name, None), bool)
+    ]
+    for owner, name, _ in switched:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name, value in switched:
+            setattr(owner, name, value)
 
 
 def forward_hidden(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:

@@ -5,6 +5,8 @@ Uses the two committed models, which answer with confidence; random weights woul
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from opd_megatron.data.prompts import load_prompts
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.evaluation.accuracy import evaluate
 from opd_megatron.evaluation.graders import make_grader
+from opd_megatron.models.forward import inference_mode
 from opd_megatron.models.gpt import build_gpt
 from opd_megatron.models.weights import load_model, open_weights
 from opd_megatron.parallel.groups import ModelGroups, student_groups
@@ -104,6 +107,31 @@ def test_responses_end_at_the_first_stop_token_or_at_the_limit(pool: RankPool) -
         assert response.finished == (response.ids[-1].item() == EOS)
         assert EOS not in response.ids[:-1].tolist()
         assert response.finished or len(response.ids) == 5
+
+
+def _what_inference_leaves(layout: ParallelLayout) -> tuple[bool, bool, bool]:
+    """Return whether sequence parallelism was off inside, is as before outside, and whether the model is gone once it is dropped."""
+    source = open_weights(hf=str(ASSETS / "tiny_student"))
+    groups = student_groups(layout, seed=1)
+    model = build_gpt(source.architecture, groups, precision="fp32", vocab_multiple=16)
+
+    def flags() -> list[bool]:
+        return [bool(module.sequence_parallel) for module in [model.config, *model.modules()] if hasattr(module, "sequence_parallel")]
+
+    before = flags()
+    with inference_mode(model, groups):
+        inside = flags()
+    restored = flags() == before
+    weight = weakref.ref(next(model.parameters()))
+    del model, flags
+    gc.collect()
+    return any(before) and not any(inside), restored, weight() is None
+
+
+def test_inference_mode_leaves_no_trace_of_a_sequence_parallel_model(pool: RankPool) -> None:
+    # Megatron's own switch keeps every model it ever saw, and mistakes a later one at the same address for it.
+    layout = ParallelLayout(tensor=2, sequence=True)
+    assert pool.run(_what_inference_leaves, layout, world_size=2) == [(True, True, True)] * 2
 
 
 def _rollout_tokens(layout: ParallelLayout, prompts: list[tuple[int, ...]]) -> list[list[int]]:
