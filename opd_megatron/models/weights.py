@@ -6,6 +6,7 @@ Both sources give the same thing, global Megatron tensors by name, one at a time
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,6 +28,11 @@ from opd_megatron.parallel.groups import ModelGroups
 
 # A checkpoint carries the Hugging Face files that are not weights here, so it knows its own architecture and tokenizer.
 ASSETS_FOLDER = "huggingface"
+# What reading a missing, cut or altered checkpoint file raises; torch derives its CheckpointException from BaseException.
+DAMAGE = (
+    *(OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError),
+    *(pickle.UnpicklingError, CheckpointingException, dcp.api.CheckpointException),
+)
 _MAX_SHARD_BYTES = 5 * 1024**3
 # Buffers that old checkpoints of these families store and no model needs.
 _IGNORED_HF = re.compile(r"rotary_emb\.inv_freq$")
@@ -86,7 +93,10 @@ class CheckpointWeights:
             raise ValueError(f"{path} is not a Megatron checkpoint: no metadata.json and .metadata in it")
         self.architecture = read_architecture(self.assets)
         self._reader = dcp.FileSystemReader(path)
-        self._tensors = self._reader.read_metadata().state_dict_metadata
+        try:
+            self._tensors = self._reader.read_metadata().state_dict_metadata
+        except DAMAGE as error:
+            raise ValueError(f"{path / '.metadata'} is damaged: {damage_in(error)}") from None
         self._check_contents()
 
     def _check_contents(self) -> None:
@@ -106,8 +116,8 @@ class CheckpointWeights:
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         try:
             dcp.load({row.megatron: tensor}, storage_reader=self._reader, no_dist=True)
-        except (OSError, RuntimeError, EOFError, ValueError, dcp.api.CheckpointException) as error:
-            raise ValueError(f"{self.path}: cannot read {row.megatron}: {_first_line(error)}") from None
+        except DAMAGE as error:
+            raise ValueError(f"{self.path} is damaged: cannot read {row.megatron}: {damage_in(error)}") from None
         return tensor[: row.shape[0]]
 
 
@@ -200,6 +210,10 @@ def _record_dtype(config_file: Path, dtype: torch.dtype) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _first_line(error: BaseException) -> str:
+def damage_in(error: BaseException) -> str:
+    """Return one line on what reading or writing a checkpoint met; torch wraps the reasons of the ranks."""
+    if isinstance(error, dcp.api.CheckpointException):
+        causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
+        return damage_in(causes[0]) if causes else "another rank failed"
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -22,7 +22,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_megatron.models.hf_folder import copy_assets
-from opd_megatron.models.weights import ASSETS_FOLDER, CheckpointWeights
+from opd_megatron.models.weights import ASSETS_FOLDER, DAMAGE, CheckpointWeights, damage_in
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.training.optimizer import prime_adam, unshare_adam_step
 from opd_megatron.training.student import Student
@@ -75,8 +75,7 @@ class CheckpointFolder:
                 if free_bytes < needed_bytes:
                     partial.rmdir()
                     raise ValueError(
-                        f"cannot write checkpoint {final}: it needs about {needed_bytes:,} bytes and {free_bytes:,} are free; "
-                        "earlier checkpoints are untouched, make room and start again to resume"
+                        f"cannot write checkpoint {final}: it needs about {needed_bytes:,} bytes and {free_bytes:,} are free; {self._what_is_kept()}"
                     )
         # A synchronous save writes in this process; Megatron's default queue would start a manager process on every rank.
         filesystem_async._results_queue = queue.Queue()
@@ -86,26 +85,52 @@ class CheckpointFolder:
             # Megatron-Core tells every rank when any of them could not write; the reason is known where it happened.
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(f"cannot write checkpoint {final}: {_reason(error)}; earlier checkpoints are untouched") from error
+            raise ValueError(f"cannot write checkpoint {final}: {damage_in(error)}; {self._what_is_kept()}") from error
         with shared_errors():
             if dist.get_rank() == 0:
                 self._publish(partial, final, progress)
         return final
 
     def load(self, student: Student, checkpoint: Path) -> Progress:
-        """Fill the student's weights and optimizer; return where the run stood. ValueError if the checkpoint is another model's."""
+        """Fill the student's weights and optimizer; return where the run stood. ValueError if the checkpoint is another model's, or damaged."""
         with shared_errors():
-            found = CheckpointWeights(checkpoint).architecture
-            if found != student.architecture:
-                raise ValueError(f"{checkpoint} holds another model than the student: {found} instead of {student.architecture}")
-            progress = Progress(**json.loads((checkpoint / _PROGRESS_FILE).read_text()))
+            progress = self._open(student, checkpoint)
         prime_adam(student.optimizer)
-        state = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(checkpoint))
+        wanted = _sharded_state(student, is_loading=True)
+        with shared_errors():
+            try:
+                state = dist_checkpointing.load(wanted, str(checkpoint))
+            except DAMAGE as error:
+                raise ValueError(f"{checkpoint} is damaged: {damage_in(error)}; {self._way_out(checkpoint)}") from error
         student.model.load_state_dict(state["model"], strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
         unshare_adam_step(student.optimizer)
         student.scheduler.step(increment=progress.step)
         return progress
+
+    def _open(self, student: Student, checkpoint: Path) -> Progress:
+        """Return a checkpoint's progress after a look at its headers."""
+        try:
+            found = CheckpointWeights(checkpoint).architecture
+            progress = Progress(**json.loads((checkpoint / _PROGRESS_FILE).read_text()))
+        except FileNotFoundError as error:
+            raise ValueError(f"{checkpoint} is damaged: {error.filename} is missing; {self._way_out(checkpoint)}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+            raise ValueError(f"{checkpoint / _PROGRESS_FILE} is damaged: {error}; {self._way_out(checkpoint)}") from None
+        except ValueError as error:
+            raise ValueError(f"{error}; {self._way_out(checkpoint)}") from None
+        if found != student.architecture:
+            raise ValueError(f"{checkpoint} holds another model than the student: {found} instead of {student.architecture}")
+        return progress
+
+    def _way_out(self, damaged: Path) -> str:
+        older = [path for path in self._steps() if path != damaged]
+        after = f"resume from {older[-1].name}" if older else "begin at step 1: there is no older one"
+        return f"move {damaged} away and start again to {after}"
+
+    def _what_is_kept(self) -> str:
+        latest = self.latest()
+        return f"{latest.name} is untouched: make room and start again to resume from it" if latest else "this run has no earlier checkpoint"
 
     def _publish(self, partial: Path, final: Path, progress: Progress) -> None:
         copy_assets(self.assets, partial / ASSETS_FOLDER)
@@ -132,8 +157,3 @@ def _checkpoint_bytes(student: Student) -> int:
     total = torch.tensor([weights if student.groups.data_rank == 0 else 0], dtype=torch.int64, device=student.device)
     dist.all_reduce(total)
     return int(int(total) * 1.05) + (1 << 20)
-
-
-def _reason(error: CheckpointException) -> str:
-    causes = [str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()]
-    return causes[0] if causes else "another rank could not write"

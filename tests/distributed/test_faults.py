@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,8 +183,6 @@ def _config(models: Path, steps: int) -> RunConfig:
 
 def _on_full_disk(config: RunConfig, run: Path, noticed_before: bool) -> str:
     """Run two steps; from the second save on the disk is full: known in advance, or met in the middle of writing on one rank."""
-    import shutil
-
     from opd_megatron.training import checkpoint
     from opd_megatron.training.checkpoint import CheckpointFolder
 
@@ -221,3 +220,44 @@ def test_a_full_disk_keeps_the_previous_checkpoint(models: Path, pool: RankPool,
     assert all("cannot write checkpoint" in message for message in messages), messages
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1"]
     assert pool.run(_resume, config, tmp_path / "run", world_size=2) == ["finished", "finished"]
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = {
+    "weights cut": lambda step: _cut(max(step.glob("*.distcp"), key=lambda file: file.stat().st_size)),
+    "weights missing": lambda step: next(step.glob("*.distcp")).unlink(),
+    "index cut": lambda step: _cut(step / ".metadata"),
+    "progress cut": lambda step: _cut(step / "progress.json"),
+    "progress missing": lambda step: (step / "progress.json").unlink(),
+    "plain values missing": lambda step: (step / "common.pt").unlink(),
+    "plain values cut": lambda step: _cut(step / "common.pt"),
+}
+
+
+def _resume_or_message(config: RunConfig, run: Path) -> str:
+    try:
+        return _resume(config, run)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(models: Path, pool: RankPool) -> Path:
+    run = models / "two_checkpoints"
+    pool.run(_resume, _config(models, steps=2), run, world_size=2)
+    return run
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_with_the_one_before(models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+    run, config = tmp_path / "run", _config(models, steps=3)
+    shutil.copytree(two_checkpoints, run)
+    DAMAGES[name](run / "checkpoints" / "step_2")
+    for message in pool.run(_resume_or_message, config, run, world_size=2):
+        assert "damaged" in message and "step_2" in message, message
+        assert message.endswith("start again to resume from step_1")
+    (run / "checkpoints" / "step_2").rename(run / "damaged")
+    assert pool.run(_resume, config, run, world_size=2) == ["finished", "finished"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.config import DataConfig, ParallelLayout
 from opd_megatron.data.prompts import load_prompts
@@ -109,21 +110,22 @@ def test_responses_end_at_the_first_stop_token_or_at_the_limit(pool: RankPool) -
         assert response.finished or len(response.ids) == 5
 
 
+def _sequence_flags(model: GPTModel) -> list[bool]:
+    return [bool(owner.sequence_parallel) for owner in [model.config, *model.modules()] if hasattr(owner, "sequence_parallel")]
+
+
 def _what_inference_leaves(layout: ParallelLayout) -> tuple[bool, bool, bool]:
     """Return whether sequence parallelism was off inside, is as before outside, and whether the model is gone once it is dropped."""
     source = open_weights(hf=str(ASSETS / "tiny_student"))
     groups = student_groups(layout, seed=1)
     model = build_gpt(source.architecture, groups, precision="fp32", vocab_multiple=16)
 
-    def flags() -> list[bool]:
-        return [bool(module.sequence_parallel) for module in [model.config, *model.modules()] if hasattr(module, "sequence_parallel")]
-
-    before = flags()
+    before = _sequence_flags(model)
     with inference_mode(model, groups):
-        inside = flags()
-    restored = flags() == before
+        inside = _sequence_flags(model)
+    restored = _sequence_flags(model) == before
     weight = weakref.ref(next(model.parameters()))
-    del model, flags
+    del model
     gc.collect()
     return any(before) and not any(inside), restored, weight() is None
 
