@@ -34,6 +34,8 @@ from opd_megatron.training.preflight import check_run
 EXIT_CRASH = 1
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 75
+# What a shell gives a program that Ctrl-C ended.
+EXIT_KEYBOARD = 130
 
 
 def all_recipes() -> dict[str, Callable[[], RunConfig]]:
@@ -78,17 +80,29 @@ def main() -> int:
         ranks = arguments.nproc_per_node
         if ranks is not None and ranks < 1:
             raise ValueError(f"--nproc-per-node {ranks} must be at least 1")
+        if ranks is not None and "RANK" in os.environ:
+            raise ValueError("--nproc-per-node starts ranks, and this process is a rank of torchrun or srun already (RANK is set); leave one of the two out")
         config = resolve(arguments.name, arguments.overrides, ranks or _world_size())
         if arguments.check:
             print(json.dumps(config.to_json(), indent=2))
             return 0
         if arguments.run_dir is None:
             raise ValueError("--run-dir is missing: it names the folder for checkpoints, metrics and the exported student")
+        if ranks is None and _world_size() is None:
+            _check_alone(config)
     except ValueError as error:
         return _mistake(error)
-    if arguments.nproc_per_node and _world_size() is None:
-        return launch_local([arguments.name, "--run-dir", str(arguments.run_dir), *arguments.overrides], arguments.nproc_per_node)
+    if ranks is not None:
+        return launch_local(arguments.name, arguments.run_dir, arguments.overrides, ranks)
     return _run(arguments.name, config, arguments.run_dir)
+
+
+def _check_alone(config: RunConfig) -> None:
+    """Raise ValueError for a run that no launcher started and that one rank cannot hold."""
+    try:
+        config.check_world(1)
+    except ValueError as error:
+        raise ValueError(f"{error}; this process is the only rank: add --nproc-per-node {config.world_size}, or start it by torchrun or srun") from None
 
 
 def _run(name: str, config: RunConfig, run_dir: Path) -> int:
@@ -99,6 +113,8 @@ def _run(name: str, config: RunConfig, run_dir: Path) -> int:
         return EXIT_INTERRUPTED if run_job(name, config, run_dir) == "interrupted" else 0
     except ValueError as error:
         code = _mistake(error)
+    except KeyboardInterrupt:
+        code = EXIT_KEYBOARD
     except Exception as error:
         code = _crash(error)
     # Peers may be gone: an orderly shutdown of the process groups would wait for them.
@@ -124,7 +140,8 @@ def _crash(error: Exception) -> int:
         reason = str(error).splitlines()[0].partition(". This is typically")[0]
         print(f"rank {_rank()}: lost another rank ({reason})", file=sys.stderr, flush=True)
         return EXIT_CRASH
-    traceback.print_exc()
+    # torch appends the C++ frames of its own libraries to the message.
+    print(re.sub(r"^frame #\d+:.*\n", "", traceback.format_exc(), flags=re.MULTILINE), file=sys.stderr, flush=True)
     _leave_cause(f"{type(error).__name__}: {error}")
     return EXIT_CRASH
 

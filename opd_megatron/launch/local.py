@@ -6,6 +6,7 @@ survivors of a crash. Use either; this one keeps exit codes 2 and 75. Standard l
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -17,24 +18,32 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from opd_megatron.reporting.run_directory import RunDirectory
+
 # Survivors of a crash usually notice at once, by a closed connection; those that do not are ended.
 _GRACE_SECONDS = 10.0
+# A user's mistake, and a stop on request: rank 0 has printed the reason, and has left the status.
+_TOLD_BY_THE_RANK = (2, 75)
+_PR_SET_PDEATHSIG = 1
 
 
-def launch_local(arguments: Sequence[str], num_processes: int) -> int:
-    """Run `python -m recipes.run ARGUMENTS` on `num_processes` ranks and return the exit code of the first that failed, else 0.
+def launch_local(recipe: str, run_dir: Path, overrides: Sequence[str], num_processes: int) -> int:
+    """Run a recipe on `num_processes` ranks and return the exit code of the first that failed, else 0.
 
-    TERM and INT are passed on, so that the ranks can agree on a stop and save.
+    Signals are passed on, and the ranks get a TERM if this process dies, so that they can agree on a stop and save.
     """
     with tempfile.TemporaryDirectory(prefix="opd-ranks-") as folder:
         cause_files = [Path(folder) / f"rank_{rank}.json" for rank in range(num_processes)]
-        children = _start(arguments, cause_files)
+        children = _start([recipe, "--run-dir", str(run_dir), *overrides], cause_files)
         _pass_signals_on(children)
         failed = _first_failure(children)
         if failed is None:
             return 0
         _end_survivors(children)
-        return _report(failed, children[failed].returncode, cause_files[failed])
+        code = children[failed].returncode
+        if code not in _TOLD_BY_THE_RANK:
+            _leave_status(run_dir)
+        return _report(failed, code, cause_files[failed])
 
 
 def _start(arguments: Sequence[str], cause_files: Sequence[Path]) -> list[subprocess.Popen[bytes]]:
@@ -43,10 +52,13 @@ def _start(arguments: Sequence[str], cause_files: Sequence[Path]) -> list[subpro
         port = listener.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(cause_files))}
     defaults = {"OMP_NUM_THREADS": "1", **os.environ}
+    libc = ctypes.CDLL(None)
     return [
         subprocess.Popen(
             [sys.executable, "-m", "recipes.run", *arguments],
             env={**defaults, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(cause)},
+            # Without it, ranks would train on, or wait for ever, after a killed launcher.
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
         for rank, cause in enumerate(cause_files)
     ]
@@ -58,8 +70,9 @@ def _pass_signals_on(children: Sequence[subprocess.Popen[bytes]]) -> None:
             if child.poll() is None:
                 child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, forward)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
     # A terminal sends INT to the whole group: the ranks have it already, and this process waits for them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -86,9 +99,16 @@ def _end_survivors(children: Sequence[subprocess.Popen[bytes]]) -> None:
             child.wait()
 
 
+def _leave_status(run_dir: Path) -> None:
+    """Write `crashed` for a rank 0 that was killed before it could."""
+    directory = RunDirectory(run_dir)
+    if directory.read_status() == "running":
+        directory.write_status("crashed")
+
+
 def _report(rank: int, code: int, cause_file: Path) -> int:
     """Print the cause as the last line, unless the rank said it itself (mistakes and stops), and return the exit code."""
-    if code in (2, 75):
+    if code in _TOLD_BY_THE_RANK:
         return code
     if code < 0:
         print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TextIO, cast, get_args
 
 Status = Literal["running", "finished", "interrupted", "crashed"]
 
@@ -25,9 +26,9 @@ class RunDirectory:
         self.hf = self.path / "hf"
         self.report_path = self.path / "report.html"
         self.status_path = self.path / "status"
-        self.logs = self.path / "logs"
         self.rollouts = self.path / "rollouts"
         self.tensorboard = self.path / "tensorboard"
+        self._lock: TextIO | None = None
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -37,7 +38,7 @@ class RunDirectory:
         """Return the run directory at `path`, new or continued, with `config` as its config.json. Rank 0 alone calls it.
 
         `may_change` holds dotted keys or sections (`training.steps`, `checkpoint`) that a continued run may set anew.
-        Raises ValueError when the folder cannot be written, or belongs to another recipe or to another config.
+        Raises ValueError when the folder cannot be written, is in use, or belongs to another recipe or to another config.
         """
         run = cls(path)
         description = json.dumps({"recipe": recipe, "config": config}, indent=2) + "\n"
@@ -45,10 +46,30 @@ class RunDirectory:
             run.path.mkdir(parents=True, exist_ok=True)
             if run.config_path.exists():
                 run._refuse_another_run(json.loads(description), may_change)
+            run._take_lock()
             replace_text(run.config_path, description)
         except OSError as error:
             raise ValueError(f"run directory {run.path} cannot be written: {error.strerror or error}; choose another --run-dir") from error
         return run
+
+    def unlock(self) -> None:
+        """Let another process open the folder; the end of this process does the same."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        """Hold the folder against a second job that would write into the same files."""
+        lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ValueError(f"another job is running in {self.path}; wait for it, stop it, or use another --run-dir") from None
+        except OSError:
+            # A file system without locks; the user keeps jobs apart.
+            pass
+        self._lock = lock
 
     def write_status(self, word: Status) -> None:
         """Replace the status in one move, so that a reader never sees half a word."""

@@ -18,6 +18,7 @@ from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Sources, build_parts, describe_data, open_sources
+from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.trainer import Trainer
 
 # What a continued run may set anew: where and how fast it runs, how often it looks, how long it goes on. Not what it learns.
@@ -50,14 +51,17 @@ def run_job(recipe: str, config: RunConfig, run_dir: Path) -> Literal["finished"
 
 def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.device) -> Literal["finished", "interrupted"]:
     """The same, for ranks that have joined and stay."""
+    stop = StopRequest(device)
     # Models, tokenizers and data are opened before the run directory is touched: a mistake in them leaves nothing behind.
     sources = open_sources(config)
     directory = _open_directory(recipe, config, run_dir)
     try:
-        status = _train(config, sources, directory, device)
+        status = _train(config, sources, directory, device, stop)
     except BaseException:
         _write_status(directory, "crashed")
         raise
+    finally:
+        directory.unlock()
     _write_status(directory, status)
     return status
 
@@ -68,12 +72,12 @@ def _open_directory(recipe: str, config: RunConfig, run_dir: Path) -> RunDirecto
         if dist.get_rank() == 0:
             if not config.checkpoint.resume and any(directory.checkpoints.glob("step_*")):
                 raise ValueError(f"{run_dir} holds checkpoints and checkpoint.resume=false; use another --run-dir, or resume")
-            RunDirectory.open(run_dir, recipe=recipe, config=config.to_json(), may_change=MAY_CHANGE)
+            directory = RunDirectory.open(run_dir, recipe=recipe, config=config.to_json(), may_change=MAY_CHANGE)
             directory.write_status("running")
     return directory
 
 
-def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device: torch.device) -> Literal["finished", "interrupted"]:
+def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device: torch.device, stop: StopRequest) -> Literal["finished", "interrupted"]:
     """Load, resume, train, and on the last step export and report."""
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
     latest = agreed_by_rank_0(checkpoints.latest())
@@ -88,11 +92,14 @@ def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device:
     recorder = Recorder(directory, first_step=progress.step + 1, total_steps=config.training.steps)
     try:
         evaluator = Evaluator(config, sources, parts, recorder)
-        status = Trainer(config, sources.prompts, parts, recorder, evaluator, checkpoints, progress).run()
+        trainer = Trainer(config, sources.prompts, parts, recorder, evaluator, checkpoints, progress, stop)
+        status = trainer.run()
     finally:
         recorder.close()
     if status == "finished":
         _export(checkpoints, directory)
+    else:
+        _note(f"stopped on request after step {trainer.progress.step}, which is saved; start the same command again to go on")
     return status
 
 

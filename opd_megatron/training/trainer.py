@@ -34,6 +34,7 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: CheckpointFolder,
         progress: Progress,
+        stop: StopRequest,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -45,7 +46,7 @@ class Trainer:
         self.evaluator = evaluator
         self.checkpoints = checkpoints
         self.progress = progress
-        self.stop = StopRequest(parts.student.device)
+        self.stop = stop
         self._seconds: dict[str, float] = {}
         self._saved_step = progress.step
 
@@ -56,15 +57,15 @@ class Trainer:
             self.evaluator.measure_teacher()
             self.evaluator.measure_student(step=0)
         while self.progress.step < last_step:
+            if self.stop.agreed():
+                self._save()
+                return "interrupted"
             step = self.progress.step + 1
             self.recorder.log_step(self.step(step))
             if step < last_step and self._is_due(self.config.evaluation.every_steps):
                 self.evaluator.measure_student(step)
             if self._is_due(self.config.checkpoint.every_steps):
                 self._save()
-            if step < last_step and self.stop.agreed():
-                self._save()
-                return "interrupted"
         self._save()
         self.evaluator.measure_student(self.progress.step)
         return "finished"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from opd_megatron.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.training.job import run_in_world
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
@@ -59,7 +62,7 @@ def _command(models: Path, run: Path, *overrides: str, ranks: int = 2) -> list[s
 
 
 def _start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def _wait_for_step(run: Path, step: int) -> None:
@@ -101,15 +104,35 @@ def test_a_killed_rank_ends_the_job_and_the_resumed_run_ends_with_the_same_weigh
     assert steps == list(range(1, 13)), "steps after the last checkpoint are recorded once"
 
 
-def test_a_stop_signal_saves_and_exits_75(models: Path, tmp_path: Path) -> None:
+# What a stop looks like from outside: Slurm or `kill`, Ctrl-C in a terminal, a launcher that died.
+STOPS: dict[str, Callable[[subprocess.Popen[str]], None]] = {
+    "TERM to the launcher": lambda job: job.terminate(),
+    "Ctrl-C": lambda job: os.killpg(job.pid, signal.SIGINT),
+    "KILL of the launcher": lambda job: job.kill(),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stop_saves_the_step_and_exits_75(models: Path, tmp_path: Path, name: str) -> None:
     job = _start(_command(models, tmp_path / "run", "training.steps=500", "checkpoint.every_steps=0"))
     _wait_for_step(tmp_path / "run", 3)
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=60)
-    assert job.returncode == 75
+    STOPS[name](job)
+    # The ranks hold the pipe: it ends with the last of them.
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == (-signal.SIGKILL if name.startswith("KILL") else 75)
     assert (tmp_path / "run" / "status").read_text().strip() == "interrupted"
     done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{done}"]
+    assert output.splitlines()[-1].startswith(f"stopped on request after step {done}")
+
+
+def test_a_killed_rank_0_leaves_the_status_crashed(models: Path, tmp_path: Path) -> None:
+    job = _start(_command(models, tmp_path / "run", "training.steps=500"))
+    _wait_for_step(tmp_path / "run", 1)
+    os.kill(_pid_of_rank(job, 0), signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)
+    assert output.splitlines()[-1] == "error: rank 0 was killed by SIGKILL"
+    assert (tmp_path / "run" / "status").read_text().strip() == "crashed"
 
 
 def test_a_crash_on_one_rank_is_the_last_line(models: Path, tmp_path: Path) -> None:
@@ -134,6 +157,7 @@ MISTAKES = {
     "unwritable": (["--run-dir", "/proc/nowhere"], "cannot be written"),
     "truncated shard": (["student.hf={truncated}"], "download it again"),
     "missing shard": (["student.hf={missing}"], "is missing"),
+    "in use": ([], "another job is running"),
 }
 
 
@@ -160,6 +184,9 @@ def test_mistakes_exit_2_with_a_message_and_leave_nothing(models: Path, broken: 
     if name == "other recipe":
         run.mkdir()
         (run / "config.json").write_text(json.dumps({"recipe": "something_else", "config": {}}))
+    if name == "in use":
+        holder = RunDirectory.open(run, recipe="quickstart", config={}, may_change=())
+        holder.config_path.unlink()
     before = sorted(run.rglob("*"))
     command = _command(models, run, *(word.format(**broken) for word in overrides), ranks=4 if name.startswith("layout") else 2)
     job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
@@ -167,6 +194,8 @@ def test_mistakes_exit_2_with_a_message_and_leave_nothing(models: Path, broken: 
     assert message in job.stderr.splitlines()[-1]
     assert "Traceback" not in job.stderr
     assert sorted(run.rglob("*")) == before
+    if name == "in use":
+        holder.unlock()
 
 
 def _config(models: Path, steps: int) -> RunConfig:
@@ -257,7 +286,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(models: Path, two_che
     shutil.copytree(two_checkpoints, run)
     DAMAGES[name](run / "checkpoints" / "step_2")
     for message in pool.run(_resume_or_message, config, run, world_size=2):
-        assert "damaged" in message and "step_2" in message, message
+        assert re.search("step_2.* damaged", message), message
         assert message.endswith("start again to resume from step_1")
     (run / "checkpoints" / "step_2").rename(run / "damaged")
     assert pool.run(_resume, config, run, world_size=2) == ["finished", "finished"]
