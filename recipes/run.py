@@ -29,6 +29,7 @@ import opd_megatron
 import recipes
 from opd_megatron.config import RunConfig, apply_overrides
 from opd_megatron.launch.local import launch_local
+from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.training.preflight import check_run
 
 EXIT_CRASH = 1
@@ -93,8 +94,17 @@ def main() -> int:
     except ValueError as error:
         return _mistake(error)
     if ranks is not None:
-        return launch_local(arguments.name, arguments.run_dir, arguments.overrides, ranks)
+        return _launch(arguments, ranks)
     return _run(arguments.name, config, arguments.run_dir)
+
+
+def _launch(arguments: argparse.Namespace, ranks: int) -> int:
+    code = launch_local([arguments.name, "--run-dir", str(arguments.run_dir), *arguments.overrides], ranks)
+    directory = RunDirectory(arguments.run_dir)
+    if code not in (0, EXIT_MISTAKE, EXIT_INTERRUPTED) and directory.read_status() == "running":
+        # Rank 0 was killed before it could say so.
+        directory.write_status("crashed")
+    return code
 
 
 def _check_alone(config: RunConfig) -> None:

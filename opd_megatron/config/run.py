@@ -62,7 +62,8 @@ class StudentConfig:
     vocab_multiple: int = 128
 
     def __post_init__(self) -> None:
-        _require(bool(self.hf) != bool(self.checkpoint), f"name the student once: student.hf={self.hf!r}, student.checkpoint={self.checkpoint!r}")
+        named = f"student.hf={self.hf!r}, student.checkpoint={self.checkpoint!r}"
+        _require(bool(self.hf) != bool(self.checkpoint), f"name the student once: {named}; set the other to null")
         _require(self.vocab_multiple >= 1, f"student.vocab_multiple={self.vocab_multiple} must be at least 1")
 
 
@@ -81,7 +82,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"teacher.micro_batch={self.micro_batch} must be at least 1")
-        _require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}")
+        named = f"teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}"
+        _require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: {named}; set the other to null")
         _require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
 
 

@@ -113,14 +113,36 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, part: Part, limit: int | N
     return PromptSet(prompts=prompts, num_dropped_long=counts.too_long)
 
 
+def with_targets(prompts: PromptSet, tokenizer: Any, *, max_tokens: int) -> PromptSet:
+    """Return the prompts that fit into `max_tokens` with their targets, for supervised fine-tuning; the others are dropped and counted.
+
+    ValueError for a prompt without a target, and if nothing is left.
+    """
+    kept = [prompt for prompt, target_ids in _with_target_ids(prompts.prompts, tokenizer) if len(prompt.ids) + len(target_ids) <= max_tokens]
+    if not kept:
+        raise ValueError(f"all {len(prompts)} prompts with their targets exceed the student's {max_tokens} positions; shorten the data")
+    return PromptSet(prompts=kept, num_dropped_long=prompts.num_dropped_long + len(prompts) - len(kept))
+
+
 def response_ids(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens of the prompt's target and the end of sequence, for supervised fine-tuning; ValueError without a target."""
+    return next(_with_target_ids([prompt], tokenizer))[1]
+
+
+def _with_target_ids(prompts: Iterable[Prompt], tokenizer: Any) -> Iterator[tuple[Prompt, tuple[int, ...]]]:
+    rest = iter(prompts)
+    while chunk := list(islice(rest, _ROWS_AT_ONCE)):
+        for prompt, ids in zip(chunk, tokenizer([_target(prompt) for prompt in chunk], add_special_tokens=False)["input_ids"]):
+            yield prompt, (*ids, tokenizer.eos_token_id)
+
+
+def _target(prompt: Prompt) -> str:
     if prompt.target is None:
         raise ValueError(
             f"prompt {prompt.index} ({prompt.messages[-1]['content']!r:.80}) has no text to learn from; supervised fine-tuning needs "
             "a trailing assistant message, a `response`, or an answer under data.answer_key in every row"
         )
-    return (*tokenizer(prompt.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    return prompt.target
 
 
 def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:

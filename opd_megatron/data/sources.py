@@ -23,21 +23,24 @@ def read_rows(data: DataConfig) -> Iterator[Row]:
         yield row_from_record(record, index=index, where=where, data=data)
 
 
+def check_source(source: str, key: str = "data.prompts") -> None:
+    """Raise ValueError for a source that can be refused without reading it: a missing file, or a kind that is not read."""
+    path = Path(source).expanduser()
+    if path.suffix in (".jsonl", ".parquet"):
+        if not path.is_file():
+            raise ValueError(f"{key}={source!r} does not exist: there is no such file (working directory {Path.cwd()}); check the path")
+    elif path.is_file() or path.suffix in _OTHER_SUFFIXES:
+        raise ValueError(f"{key}={source!r}: this kind of file is not read; convert it to .jsonl or .parquet")
+
+
 def _records(data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    check_source(data.prompts)
     path = Path(data.prompts).expanduser()
     if path.suffix == ".jsonl":
-        return _jsonl_records(_existing_file(path))
+        return _jsonl_records(path)
     if path.suffix == ".parquet":
-        return _parquet_records(_existing_file(path))
-    if path.is_file() or path.suffix in _OTHER_SUFFIXES:
-        raise ValueError(f"data.prompts={data.prompts!r}: this kind of file is not read; convert it to .jsonl or .parquet")
+        return _parquet_records(path)
     return _dataset_records(data, path)
-
-
-def _existing_file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"data.prompts={str(path)!r}: there is no such file (working directory {Path.cwd()}); check the path")
-    return path
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -48,6 +51,8 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}:{number}"
             try:
                 record = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8 JSON lines") from None
             except ValueError as error:
                 raise ValueError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
             if not isinstance(record, dict):

@@ -15,7 +15,7 @@ from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.rollouts import Rollouts, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 
-NUM_EXAMPLES = 8
+NUM_EXAMPLES = 32
 
 
 def evaluate(

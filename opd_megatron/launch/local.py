@@ -18,32 +18,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd_megatron.reporting.run_directory import RunDirectory
-
 # Survivors of a crash usually notice at once, by a closed connection; those that do not are ended.
 _GRACE_SECONDS = 10.0
-# A user's mistake, and a stop on request: rank 0 has printed the reason, and has left the status.
+# A user's mistake, and a stop on request: rank 0 has printed the reason.
 _TOLD_BY_THE_RANK = (2, 75)
 _PR_SET_PDEATHSIG = 1
 
 
-def launch_local(recipe: str, run_dir: Path, overrides: Sequence[str], num_processes: int) -> int:
-    """Run a recipe on `num_processes` ranks and return the exit code of the first that failed, else 0.
+def launch_local(arguments: Sequence[str], num_processes: int) -> int:
+    """Run `python -m recipes.run ARGUMENTS` on `num_processes` ranks and return the exit code of the first that failed, else 0.
 
     Signals are passed on, and the ranks get a TERM if this process dies, so that they can agree on a stop and save.
     """
     with tempfile.TemporaryDirectory(prefix="opd-ranks-") as folder:
         cause_files = [Path(folder) / f"rank_{rank}.json" for rank in range(num_processes)]
-        children = _start([recipe, "--run-dir", str(run_dir), *overrides], cause_files)
+        children = _start(arguments, cause_files)
         _pass_signals_on(children)
         failed = _first_failure(children)
         if failed is None:
             return 0
         _end_survivors(children)
-        code = children[failed].returncode
-        if code not in _TOLD_BY_THE_RANK:
-            _leave_status(run_dir)
-        return _report(failed, code, cause_files[failed])
+        return _report(failed, children[failed].returncode, cause_files[failed])
 
 
 def _start(arguments: Sequence[str], cause_files: Sequence[Path]) -> list[subprocess.Popen[bytes]]:
@@ -97,13 +92,6 @@ def _end_survivors(children: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-
-
-def _leave_status(run_dir: Path) -> None:
-    """Write `crashed` for a rank 0 that was killed before it could."""
-    directory = RunDirectory(run_dir)
-    if directory.read_status() == "running":
-        directory.write_status("crashed")
 
 
 def _report(rank: int, code: int, cause_file: Path) -> int:

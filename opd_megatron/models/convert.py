@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import queue
-import shutil
 from pathlib import Path
 
 import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from opd_megatron.models.hf_folder import copy_assets
+from opd_megatron.models.hf_folder import copy_assets, folder_written_whole
 from opd_megatron.models.weight_map import weight_map
-from opd_megatron.models.weights import ASSETS_FOLDER, WeightSource
+from opd_megatron.models.weights import ASSETS_FOLDER, WeightSource, damage_in
 
 
 def write_checkpoint(source: WeightSource, out: Path) -> None:
@@ -20,20 +20,15 @@ def write_checkpoint(source: WeightSource, out: Path) -> None:
 
     The folder appears whole or not at all; ValueError if it exists or cannot be written. Holds the whole model in memory.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists; name another folder or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{partial} cannot be written: {error.strerror or error}") from None
-    # Vocabulary rows are stored unpadded; models of any tensor size pad on loading.
-    tensors = {
-        row.megatron: ShardedTensor.from_rank_offsets(row.megatron, source.read(row), allow_shape_mismatch=row.is_vocab)
-        for row in weight_map(source.architecture)
-    }
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(tensors, str(partial))
-    copy_assets(source.assets, partial / ASSETS_FOLDER)
-    partial.rename(out)
+    with folder_written_whole(out) as folder:
+        # Vocabulary rows are stored unpadded; models of any tensor size pad on loading.
+        tensors = {
+            row.megatron: ShardedTensor.from_rank_offsets(row.megatron, source.read(row), allow_shape_mismatch=row.is_vocab)
+            for row in weight_map(source.architecture)
+        }
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            dist_checkpointing.save(tensors, str(folder))
+        except CheckpointException as error:
+            raise ValueError(f"{out} cannot be written: {damage_in(error)}") from error
+        copy_assets(source.assets, folder / ASSETS_FOLDER)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,28 @@ def stop_token_ids(folder: Path) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
+
+
+@contextmanager
+def folder_written_whole(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that takes its place at the end; after an error nothing is left.
+
+    ValueError if `out` exists and `replace` is not set, and for whatever the file system refuses.
+    """
+    if out.exists() and not replace:
+        raise ValueError(f"{out} exists; name another folder or remove it")
+    unfinished = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if out.exists():
+            shutil.rmtree(out)
+        unfinished.rename(out)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def copy_assets(source: Path, target: Path) -> None:

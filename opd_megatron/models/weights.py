@@ -6,9 +6,9 @@ Both sources give the same thing, global Megatron tensors by name, one at a time
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -17,12 +17,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from opd_megatron.models.architecture import Architecture
-from opd_megatron.models.hf_folder import HFFolder, copy_assets, open_hf_folder, read_architecture
+from opd_megatron.models.hf_folder import HFFolder, copy_assets, folder_written_whole, open_hf_folder, read_architecture
 from opd_megatron.models.weight_map import EMBEDDING, HEAD, LOCAL_TO_CHECKPOINT, MappedTensor, local_slice, to_hf, to_megatron, vocab_slice, weight_map
 from opd_megatron.parallel.groups import ModelGroups
 
@@ -158,11 +158,15 @@ def export_hf(source: WeightSource, out: Path, *, dtype: torch.dtype | None = No
 
     `dtype=None` keeps the source's. The folder appears whole or not at all; ValueError if it exists and `replace` is not set.
     """
-    if out.exists() and not replace:
-        raise ValueError(f"{out} exists; name another folder or remove it")
-    unfinished = out.with_name(out.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    copy_assets(source.assets, unfinished)
+    with folder_written_whole(out, replace=replace) as folder:
+        copy_assets(source.assets, folder)
+        _write_tensors(source, folder, dtype)
+        if dtype is not None:
+            _record_dtype(folder / "config.json", dtype)
+
+
+def _write_tensors(source: WeightSource, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write all weights, a shard at a time, and the index where there are several."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     sizes: list[int] = [0]
     names: dict[str, int] = {}
@@ -171,24 +175,27 @@ def export_hf(source: WeightSource, out: Path, *, dtype: torch.dtype | None = No
         for name, part in to_hf(row, tensor if dtype is None else tensor.to(dtype), source.architecture).items():
             size = part.numel() * part.element_size()
             if sizes[-1] and sizes[-1] + size > _MAX_SHARD_BYTES:
-                _write_shard(unfinished, len(shards), shards[-1])
+                _write_shard(folder, len(shards), shards[-1])
                 shards[-1] = {}
                 shards.append({})
                 sizes.append(0)
             shards[-1][name] = part
             sizes[-1] += size
             names[name] = len(shards)
-    _write_shard(unfinished, len(shards), shards[-1])
-    _name_shards(unfinished, names, len(shards), sum(sizes))
-    if dtype is not None:
-        _record_dtype(unfinished / "config.json", dtype)
-    if out.exists():
-        shutil.rmtree(out)
-    unfinished.rename(out)
+    _write_shard(folder, len(shards), shards[-1])
+    _name_shards(folder, names, len(shards), sum(sizes))
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, folder / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+    file = folder / f"model-{number:05d}.safetensors"
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file.name}: {error}") from error
+    # safetensors writes for the owner alone; a model is as readable as the user's other files.
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def _name_shards(folder: Path, names: dict[str, int], num_shards: int, num_bytes: int) -> None:

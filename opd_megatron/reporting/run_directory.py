@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 Status = Literal["running", "finished", "interrupted", "crashed"]
 
@@ -28,7 +28,7 @@ class RunDirectory:
         self.status_path = self.path / "status"
         self.rollouts = self.path / "rollouts"
         self.tensorboard = self.path / "tensorboard"
-        self._lock: TextIO | None = None
+        self._lock: int | None = None
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -55,16 +55,16 @@ class RunDirectory:
     def unlock(self) -> None:
         """Let another process open the folder; the end of this process does the same."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def _take_lock(self) -> None:
         """Hold the folder against a second job that would write into the same files."""
-        lock = (self.path / ".lock").open("w")
+        lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            os.close(lock)
             raise ValueError(f"another job is running in {self.path}; wait for it, stop it, or use another --run-dir") from None
         except OSError:
             # A file system without locks; the user keeps jobs apart.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.config import ParallelLayout, RunConfig
+from opd_megatron.data.sources import check_source
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 
@@ -14,9 +15,9 @@ from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ValueError, with the values and the way out, for layouts, models or data that do not fit together. Reads headers only."""
     config.check_world(world_size)
-    _check_data_file(config.data.prompts, "data.prompts")
+    check_source(config.data.prompts)
     if isinstance(config.evaluation.prompts, str):
-        _check_data_file(config.evaluation.prompts, "evaluation.prompts")
+        check_source(config.evaluation.prompts, "evaluation.prompts")
     student = _check_model("student", config.student.hf, config.student.checkpoint, config.student.layout)
     _check_length(config, "student", student)
     if config.teacher is None or config.training.objective != "opd":
@@ -31,11 +32,6 @@ def _check_length(config: RunConfig, role: str, architecture: Architecture) -> N
     longest = config.data.max_prompt_tokens + budgets[key]
     if longest > architecture.max_positions:
         raise ValueError(f"data.max_prompt_tokens + {key} = {longest} exceeds the {role}'s {architecture.max_positions} positions; lower one of them")
-
-
-def _check_data_file(source: str, key: str) -> None:
-    if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
-        raise ValueError(f"{key}={source!r} does not exist (working directory {Path.cwd()})")
 
 
 def _assets(hf: str | None, checkpoint: str | None) -> Path:

@@ -28,7 +28,9 @@ def check_self_divergence(student: Student, own_weights: Teacher, objective: Obj
     One micro-batch per replica: each prompt's second half is scored as if it were the response.
     """
     count = student.groups.data_size * student.micro_batch
-    chosen = [prompts[index % len(prompts)] for index in range(count)]
+    # A prompt of one token has no half to score.
+    usable = [prompt for prompt in prompts if len(prompt.ids) > 1] or prompts
+    chosen = [usable[index % len(usable)] for index in range(count)]
     rollouts = Rollouts(tuple(_halved(prompt) for prompt in chosen), policy_version=0)
     sums = student.measure(make_micro_batches(student, rollouts, own_weights.score(rollouts)), objective)
     divergence = sums.per_token(sums.divergence)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, TeacherConfig
-from opd_megatron.data.prompts import Prompt, PromptSet, load_prompts
+from opd_megatron.data.prompts import Prompt, PromptSet, load_prompts, with_targets
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer
 from opd_megatron.evaluation.graders import check_gradable, make_grader
 from opd_megatron.models.hf_folder import stop_token_ids
@@ -67,6 +67,8 @@ def open_sources(config: RunConfig) -> Sources:
         if vocab_size < len(tokenizer):
             raise ValueError(f"the tokenizer of {student.assets} has {len(tokenizer)} tokens, more than the model's vocabulary of {vocab_size}")
         prompts, evaluation_prompts = _load_data(config, tokenizer)
+        if config.training.objective == "sft":
+            prompts = with_targets(prompts, tokenizer, max_tokens=student.architecture.max_positions)
         grader = make_grader(config.data)
         if evaluation_prompts is not None:
             check_gradable(evaluation_prompts.prompts, config.data)

@@ -36,6 +36,7 @@ def test_converting_there_and_back_gives_the_same_folder(checkpoint: Path, tmp_p
     assert source.keys() == back.keys()
     assert all(torch.equal(source[name], back[name]) for name in source)
     assert {path.name for path in (ASSETS / "tiny_student").iterdir()} == {path.name for path in (tmp_path / "hf").iterdir()}
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1, "weights are as readable as what is beside them"
 
 
 def test_exporting_in_another_dtype_says_so_in_the_config(checkpoint: Path, tmp_path: Path) -> None:
@@ -78,13 +79,15 @@ def test_evaluate_prints_one_json_object_last(checkpoint: Path, tmp_path: Path) 
     [
         ("convert_hf_to_megatron", ("--hf", "/nowhere", "--out", "/tmp/never"), "not a Hugging Face model folder"),
         ("convert_megatron_to_hf", ("--checkpoint", "/nowhere", "--out", "/tmp/never"), "not a Megatron checkpoint"),
+        ("convert_hf_to_megatron", ("--hf", str(ASSETS / "tiny_student"), "--out", "/proc/nowhere/out"), "cannot be written"),
+        ("convert_megatron_to_hf", ("--checkpoint", "{checkpoint}", "--out", "/proc/nowhere/out"), "cannot be written"),
         ("evaluate", ("--data", "x.jsonl"), "name the model once"),
         ("report", ("/nowhere",), "/nowhere"),
         ("show_answers", ("/nowhere",), "/nowhere"),
     ],
 )
-def test_wrong_input_exits_2_with_one_line(name: str, arguments: tuple[str, ...], message: str) -> None:
-    done = _tool(name, *arguments)
+def test_wrong_input_exits_2_with_one_line(checkpoint: Path, name: str, arguments: tuple[str, ...], message: str) -> None:
+    done = _tool(name, *(argument.format(checkpoint=checkpoint) for argument in arguments))
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

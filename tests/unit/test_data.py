@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opd_megatron.config import DataConfig
-from opd_megatron.data import Prompt, PromptSet, check_same_tokenizer, load_prompts, load_tokenizer, response_ids
+from opd_megatron.data import Prompt, PromptSet, check_same_tokenizer, load_prompts, load_tokenizer, response_ids, with_targets
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if think %}<think>{% endif %}{% endif %}"
@@ -128,7 +128,7 @@ def test_unreadable_sources_are_refused_by_name(tmp_path, tokenizer):
         "absent.parquet": "no such file",
         "broken.parquet": "not a readable Parquet file",
         "table.csv": "convert it to .jsonl or .parquet",
-        "latin.jsonl": r"latin\.jsonl:1: not valid JSON",
+        "latin.jsonl": r"latin\.jsonl:1: not UTF-8 text",
     }
     for name, message in expected.items():
         with pytest.raises(ValueError, match=message):
@@ -300,6 +300,23 @@ def test_a_supervised_response_ends_with_the_end_of_sequence(tmp_path, tokenizer
     assert tokenizer.decode(response_ids(with_target, tokenizer)) == "b c<|end|>"
     with pytest.raises(ValueError, match=r"prompt 1 \('only'\) has no text to learn from"):
         response_ids(without, tokenizer)
+
+
+def test_prompts_too_long_with_their_targets_are_dropped_and_counted(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "answer": "b" * length} for length in (3, 9, 4)]
+    prompts = load_prompts(DataConfig(prompts=write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer, part="all")
+    whole = len(prompts.prompts[0].ids) + 4 + 1
+    kept = with_targets(prompts, tokenizer, max_tokens=whole)
+    assert [prompt.target for prompt in kept.prompts] == ["bbb", "bbbb"]
+    assert kept.num_dropped_long == 1
+    with pytest.raises(ValueError, match="all 3 prompts with their targets exceed"):
+        with_targets(prompts, tokenizer, max_tokens=3)
+
+
+def test_a_row_without_a_target_is_refused_before_training(tmp_path, tokenizer):
+    prompts = load_prompts(DataConfig(prompts=write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "only"}])), tokenizer, part="all")
+    with pytest.raises(ValueError, match="no text to learn from"):
+        with_targets(prompts, tokenizer, max_tokens=100)
 
 
 # Tokenizers

@@ -105,13 +105,21 @@ def test_a_new_folder_holds_the_recipe_and_its_config(tmp_path):
 
 
 def test_a_key_that_may_change_is_taken_over(tmp_path):
-    open_run(tmp_path)
+    open_run(tmp_path).unlock()
     longer = {**CONFIG, "training": {**CONFIG["training"], "steps": 99}, "checkpoint": {"every_steps": 5}}
     assert open_run(tmp_path, longer).read_description()["config"] == longer
 
 
+def test_a_folder_in_use_is_refused_until_its_job_is_done(tmp_path):
+    first = open_run(tmp_path)
+    with pytest.raises(ValueError, match="another job is running"):
+        open_run(tmp_path)
+    first.unlock()
+    open_run(tmp_path)
+
+
 def test_tuples_and_lists_are_the_same_config(tmp_path):
-    open_run(tmp_path, {"modules": ("a", "b")})
+    open_run(tmp_path, {"modules": ("a", "b")}).unlock()
     open_run(tmp_path, {"modules": ["a", "b"]})
 
 
