@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
 QUICKSTART_DIR ?= runs/quickstart
 
 export OMP_NUM_THREADS ?= 1
@@ -15,8 +16,12 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[demo,test]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[demo]"
 	touch $(STAMP)
+
+$(TEST_STAMP): $(STAMP)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[demo,test]"
+	touch $(TEST_STAMP)
 
 quickstart: setup
 	$(RUN) -m recipes.run quickstart --nproc-per-node 4 --run-dir $(QUICKSTART_DIR) $(QUICKSTART_OPTIONS)
@@ -30,13 +35,13 @@ models: setup
 	  rm -rf recipes/assets/$$name && cp -r runs/$$name/hf recipes/assets/$$name || exit; \
 	done
 
-test: setup
+test: $(TEST_STAMP)
 	$(RUN) -m pytest -m "not slow and not gpu"
 
-test-slow: setup
+test-slow: $(TEST_STAMP)
 	$(RUN) -m pytest -m "slow and not gpu"
 
-lint: setup
+lint: $(TEST_STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy

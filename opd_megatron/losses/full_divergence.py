@@ -83,13 +83,13 @@ class Divergence:
         masses = live_masses(*sums_T[:2])
         student.normalise_(masses[0])
         teacher.normalise_(masses[1])
-        chunk = self._closed_form(sums_T[-1], *masses) if self.has_closed_form else self._summed(student, teacher, shard)
+        chunk = self.closed_form(sums_T[-1], *masses) if self.has_closed_form else self._summed(student, teacher, shard)
         return chunk, (*masses, *sums_T[2 : 2 + len(extra_T)])
 
     def _moment(self, student: ShardSoftmax, teacher: ShardSoftmax) -> torch.Tensor:
         return kl_moment(student, teacher) if self.kind == "reverse_kl" else kl_moment(teacher, student)
 
-    def _closed_form(self, moment_T: torch.Tensor, student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> ChunkDivergence:
+    def closed_form(self, moment_T: torch.Tensor, student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> ChunkDivergence:
         """Return the divergence from sums of exponentials. The slopes are p log(p/q), which sum to the value, or -q, which sum to -1."""
         if self.kind == "reverse_kl":
             value_T = kl_from_moment(moment_T, student_mass_T, teacher_mass_T)

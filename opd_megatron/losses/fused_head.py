@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from opd_megatron.losses import triton_divergence
 from opd_megatron.losses.class_divergence import ClassDivergence
 from opd_megatron.losses.divergences import make_divergence, require_sampled_ids, require_temperature
-from opd_megatron.losses.full_divergence import Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
+from opd_megatron.losses.full_divergence import ChunkDivergence, Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
 from opd_megatron.losses.head_products import add_head_gradient_, head_logits, hidden_gradient
 from opd_megatron.losses.vocab_parallel import (
     ShardSoftmax,
@@ -52,7 +53,7 @@ class TokenStatistics:
 
 
 class ChunkLoss(NamedTuple):
-    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, and the gradient in the student's logits."""
+    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, and the scaled gradient in the student's logits."""
 
     value_N: torch.Tensor
     entropy_N: torch.Tensor
@@ -61,9 +62,9 @@ class ChunkLoss(NamedTuple):
 
 
 class ChunkObjective(Protocol):
-    """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits."""
+    """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits, times `scale_N`; None without it."""
 
-    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool) -> ChunkLoss: ...
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss: ...
 
 
 @dataclass(frozen=True)
@@ -76,27 +77,54 @@ class _DivergenceObjective:
     temperature: float
     sampled_ids_T: torch.Tensor | None
 
-    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool) -> ChunkLoss:
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         teacher = _chunk_softmax(self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, student.logp_TW.dtype)
         if isinstance(self.divergence, ClassDivergence):
-            return self._over_classes(self.divergence, student, teacher, rows, shard, with_gradient)
+            return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
+        if triton_divergence.usable_for(student.logp_TW):
+            return self._by_kernels(self.divergence, student, teacher, rows, shard, scale_N)
         shift_to_max_(student, teacher, shard)
         picked = () if self.sampled_ids_T is None else student.owned_logit(self.sampled_ids_T[rows], shard)
         chunk, sums = self.divergence.evaluate_(student, teacher, shard, student.entropy_moment(), *picked)
         mass_N, _, moment_N, *picked_N = sums
         entropy_N = entropy(moment_N, mass_N)
         logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
-        return ChunkLoss(chunk.value_T, entropy_N, logp_N, self.divergence.gradient(student, teacher, chunk) if with_gradient else None)
+        grad_NW = None if scale_N is None else self.divergence.gradient(student, teacher, chunk).mul_(scale_N[:, None])
+        return ChunkLoss(chunk.value_T, entropy_N, logp_N, grad_NW)
+
+    def _by_kernels(
+        self, divergence: Divergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
+    ) -> ChunkLoss:
+        """Do the same in two or three passes over the logits, with the same collectives."""
+        logits = (student.logp_TW, teacher.logp_TW)
+        local = triton_divergence.row_statistics(*logits)
+        maxima = shard.max(local.student_max_N, local.teacher_max_N)
+        local = local.relative_to(*maxima)
+        picked: tuple[torch.Tensor, ...] = ()
+        if self.sampled_ids_T is not None:
+            logit_N, owned_N = student.owned_logit(self.sampled_ids_T[rows], shard)
+            picked = ((logit_N - maxima[0]).masked_fill_(owned_N == 0, 0), owned_N)
+        moment_N = local.reverse_moment_N if divergence.kind == "reverse_kl" else local.forward_moment_N
+        sums = shard.sum(local.student_mass_N, local.teacher_mass_N, local.entropy_moment_N, moment_N, *picked)
+        masses = live_masses(*sums[:2])
+        norms = triton_divergence.RowNorms(maxima[0], maxima[1], *masses)
+        if divergence.has_closed_form:
+            chunk = divergence.closed_form(sums[3], *masses)
+        else:
+            chunk = ChunkDivergence(*shard.sum(*triton_divergence.term_sums(divergence, *logits, norms)))
+        logp_N = picked_logp(sums[4], sums[5], masses[0]) if picked else None
+        grad_NW = None if scale_N is None else triton_divergence.gradient_(divergence, *logits, norms, chunk.correction_T, scale_N)
+        return ChunkLoss(chunk.value_T, entropy(sums[2], masses[0]), logp_N, grad_NW)
 
     def _over_classes(
-        self, divergence: ClassDivergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool
+        self, divergence: ClassDivergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
     ) -> ChunkLoss:
         sampled_N = None if self.sampled_ids_T is None else self.sampled_ids_T[rows]
         ids_NK = divergence.pick(student, teacher, shard, sampled_N)
         picked = () if sampled_N is None else student.owned_logit(sampled_N, shard)
         chunk, picked_N = divergence.evaluate_(student, teacher, ids_NK, shard, *picked)
         logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(picked_N[1] == 0, math.nan) if picked_N else None
-        gradient_NW = divergence.gradient(student.prob_TW, chunk, shard) if with_gradient else None
+        gradient_NW = None if scale_N is None else divergence.gradient(student.prob_TW, chunk, shard).mul_(scale_N[:, None])
         return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW)
 
 
@@ -106,12 +134,13 @@ class _CrossEntropyObjective:
 
     target_ids_T: torch.Tensor
 
-    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, with_gradient: bool) -> ChunkLoss:
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         target_ids_N = self.target_ids_T[rows]
         student.shift_(*shard.max(student.local_max()))
         mass_N, moment_N, logit_N, owners_N = shard.sum(student.mass(), student.entropy_moment(), *student.owned_logit(target_ids_N, shard))
         logp_N = picked_logp(logit_N, owners_N, mass_N)
-        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, self._gradient(student, mass_N, target_ids_N, shard) if with_gradient else None)
+        grad_NW = None if scale_N is None else self._gradient(student, mass_N, target_ids_N, shard).mul_(scale_N[:, None])
+        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, grad_NW)
 
     @staticmethod
     def _gradient(student: ShardSoftmax, mass_N: torch.Tensor, target_ids_N: torch.Tensor, shard: VocabShard) -> torch.Tensor:
@@ -146,13 +175,14 @@ class _FusedHead(torch.autograd.Function):
         chunks = list(token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
         for rows, num_kept in zip(chunks, _num_kept(weight_T, chunks)):
             student = _chunk_softmax(hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype)
-            chunk = objective(student, rows, shard, num_kept > 0 and (needs_hidden or needs_head))
+            scale_N = weight_T[rows] / temperature if num_kept > 0 and (needs_hidden or needs_head) else None
+            chunk = objective(student, rows, shard, scale_N)
             value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
             if chunk.picked_logp_N is not None:
                 picked_logp_T[rows] = chunk.picked_logp_N
             if chunk.grad_NW is not None:
-                grad_NW = chunk.grad_NW.mul_((weight_T[rows] / temperature)[:, None])
-                _add_gradients(grad_NW, rows, weight_T[rows] if num_kept < grad_NW.size(0) else None, hidden_TH, head_WH, grad_TH, grad_WH)
+                dropped_some = num_kept < chunk.grad_NW.size(0)
+                _add_gradients(chunk.grad_NW, rows, weight_T[rows] if dropped_some else None, hidden_TH, head_WH, grad_TH, grad_WH)
         ctx.save_for_backward(grad_TH, grad_WH)
         ctx.head_dtype, ctx.head_WH = head_WH.dtype, head_WH if accumulate_main_grad else None
         ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T)
@@ -341,9 +371,19 @@ def token_statistics(
 
 def _chunk_statistics(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return entropy, reverse and forward KL of one chunk."""
+    if triton_divergence.usable_for(student.logp_TW):
+        local = triton_divergence.row_statistics(student.logp_TW, teacher.logp_TW)
+        own = local.relative_to(*shard.max(local.student_max_N, local.teacher_max_N))[2:]
+        return _statistics_from(*shard.sum(*own))
     shift_to_max_(student, teacher, shard)
     moments = (student.entropy_moment(), kl_moment(student, teacher), kl_moment(teacher, student))
-    student_mass_N, teacher_mass_N, entropy_N, reverse_N, forward_N = shard.sum(student.mass(), teacher.mass(), *moments)
+    return _statistics_from(*shard.sum(student.mass(), teacher.mass(), *moments))
+
+
+def _statistics_from(
+    student_mass_N: torch.Tensor, teacher_mass_N: torch.Tensor, entropy_N: torch.Tensor, reverse_N: torch.Tensor, forward_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return entropy, reverse and forward KL from masses and moments over the whole vocabulary."""
     masses = live_masses(student_mass_N, teacher_mass_N)
     return entropy(entropy_N, student_mass_N), kl_from_moment(reverse_N, *masses), kl_from_moment(forward_N, *masses[::-1])
 
