@@ -32,6 +32,14 @@ DIVERGENCE_LABELS = {
     "reverse_kl": "KL(student ‖ teacher), nats/token",
     "forward_kl": "KL(teacher ‖ student), nats/token",
     "jsd": "JSD(student, teacher), nats/token",
+    "skew_forward": "KL(teacher ‖ mixture), nats/token",
+    "skew_reverse": "KL(student ‖ mixture), nats/token",
+    "topk_tail_forward": "KL(teacher ‖ student) over top-k and rest, nats/token",
+    "topk_tail_reverse": "KL(student ‖ teacher) over top-k and rest, nats/token",
+    "topk_renorm_forward": "KL(teacher ‖ student) within top-k, nats/token",
+    "topk_renorm_reverse": "KL(student ‖ teacher) within top-k, nats/token",
+    "k1": "k1 of the sampled token, nats",
+    "k3": "k3 of the sampled token, nats",
 }
 PANEL_INCHES = (5.4, 3.0)
 MAX_POINTS = 240  # beyond this a curve is drawn as means of equal windows, with a band from minimum to maximum

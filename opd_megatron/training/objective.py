@@ -55,6 +55,7 @@ class Distillation:
             pointwise_clip=self.loss.pointwise_clip,
             chunk_tokens=self.loss.chunk_tokens,
             sampled_ids_T=micro_batch.batch.target_T if self.recompute_logp or by_sampled_token else None,
+            accumulate_main_grad=_accumulates(head_WH),
         )
         return result if self.recompute_logp else replace(result, sampled_logp_T=None)
 
@@ -69,8 +70,19 @@ class SupervisedFineTuning:
 
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
         return fused_head_cross_entropy(
-            hidden_TH, head_WH, micro_batch.batch.target_T, tp_group=self.tp_group, vocab_size=self.vocab_size, chunk_tokens=self.loss.chunk_tokens
+            hidden_TH,
+            head_WH,
+            micro_batch.batch.target_T,
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            chunk_tokens=self.loss.chunk_tokens,
+            accumulate_main_grad=_accumulates(head_WH),
         )
 
 
 Objective = Distillation | SupervisedFineTuning
+
+
+def _accumulates(head_WH: torch.Tensor) -> bool:
+    """Return whether the head's gradient goes straight into Megatron's fp32 buffer, without a rounding to bf16 per micro-batch."""
+    return torch.is_grad_enabled() and head_WH.requires_grad and hasattr(head_WH, "main_grad")

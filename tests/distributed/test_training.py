@@ -18,6 +18,7 @@ from opd_megatron.config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    LossConfig,
     ParallelLayout,
     RolloutConfig,
     RunConfig,
@@ -103,6 +104,19 @@ def test_every_layout_gives_the_same_losses_and_gradient_norms(models: Path, rec
         for key in ("loss", "divergence", "grad_norm", "student_entropy"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
         assert ours["response_tokens"] == reference["response_tokens"]
+
+
+@pytest.mark.parametrize("loss", [{"kind": "skew_reverse", "alpha": 0.2}, {"kind": "topk_tail_forward", "top_k": 5}, {"kind": "k3"}], ids=lambda x: x["kind"])
+def test_other_kinds_of_loss_train_alike_in_every_layout(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, loss: dict[str, Any]) -> None:
+    for run, layout, world_size in (("one", {}, 1), ("four", {"tensor": 2, "pipeline": 2}, 4)):
+        config = _config(models, **layout)
+        config = dataclasses.replace(config, loss=LossConfig(**loss), rollout=dataclasses.replace(config.rollout, replay=str(recorded)))
+        pool.run(_job, config, tmp_path / run, world_size=world_size)
+    one, four = _metrics(tmp_path / "one"), _metrics(tmp_path / "four")
+    assert [step["grad_norm"] > 0 for step in one] == [True, True, True]
+    for ours, reference in zip(four, one, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
 
 @pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "TP2xPP2+SP, teacher PP2"])

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from opd_megatron.losses.class_divergence import ALL_KINDS
 from opd_megatron.reporting import MetricsWriter, Progress, RunDirectory, read_history
 from opd_megatron.reporting.metrics import strict_json
+from opd_megatron.reporting.plots import DIVERGENCE_LABELS
 from opd_megatron.reporting.report import pair_examples, write_report
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
@@ -108,6 +110,10 @@ def test_a_key_that_may_change_is_taken_over(tmp_path):
     open_run(tmp_path).unlock()
     longer = {**CONFIG, "training": {**CONFIG["training"], "steps": 99}, "checkpoint": {"every_steps": 5}}
     assert open_run(tmp_path, longer).read_description()["config"] == longer
+
+
+def test_every_kind_of_loss_has_a_label():
+    assert set(DIVERGENCE_LABELS) == set(ALL_KINDS)
 
 
 def test_a_folder_in_use_is_refused_until_its_job_is_done(tmp_path):
