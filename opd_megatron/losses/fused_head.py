@@ -20,6 +20,7 @@ from opd_megatron.losses.divergences import make_divergence, require_sampled_ids
 from opd_megatron.losses.full_divergence import ChunkDivergence, Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
 from opd_megatron.losses.head_products import add_head_gradient_, head_logits, hidden_gradient
 from opd_megatron.losses.vocab_parallel import (
+    Scratch,
     ShardSoftmax,
     VocabShard,
     compute_dtype,
@@ -78,7 +79,8 @@ class _DivergenceObjective:
     sampled_ids_T: torch.Tensor | None
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
-        teacher = _chunk_softmax(self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, student.logp_TW.dtype)
+        dtype = student.logp_TW.dtype
+        teacher = _chunk_softmax("teacher", self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, dtype, student.scratch)
         if isinstance(self.divergence, ClassDivergence):
             return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
         if triton_divergence.usable_for(student.logp_TW):
@@ -172,9 +174,10 @@ class _FusedHead(torch.autograd.Function):
         grad_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
         grad_WH = torch.zeros_like(head_WH, dtype=weight_T.dtype) if needs_head else None
         value_T, entropy_T, picked_logp_T = (torch.empty_like(weight_T) for _ in range(3))
+        scratch = Scratch()
         chunks = list(token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
         for rows, num_kept in zip(chunks, _num_kept(weight_T, chunks)):
-            student = _chunk_softmax(hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype)
+            student = _chunk_softmax("student", hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype, scratch)
             scale_N = weight_T[rows] / temperature if num_kept > 0 and (needs_hidden or needs_head) else None
             chunk = objective(student, rows, shard, scale_N)
             value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
@@ -360,11 +363,12 @@ def token_statistics(
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     num_tokens, num_columns = student_hidden_TH.size(0), student_head_WH.size(0)
     dtype = compute_dtype(student_hidden_TH)
+    scratch = Scratch()
     statistics_3T = student_hidden_TH.new_empty((3, num_tokens), dtype=dtype)
     with torch.no_grad():
         for rows in token_chunks(num_tokens, num_columns, student_hidden_TH.device, chunk_tokens):
-            student = _chunk_softmax(student_hidden_TH[rows], student_head_WH, shard, temperature, dtype)
-            teacher = _chunk_softmax(teacher_hidden_TG[rows], teacher_head_WG, shard, temperature, dtype)
+            student = _chunk_softmax("student", student_hidden_TH[rows], student_head_WH, shard, temperature, dtype, scratch)
+            teacher = _chunk_softmax("teacher", teacher_hidden_TG[rows], teacher_head_WG, shard, temperature, dtype, scratch)
             statistics_3T[:, rows] = torch.stack(_chunk_statistics(student, teacher, shard))
     return TokenStatistics(*statistics_3T)
 
@@ -388,10 +392,13 @@ def _statistics_from(
     return entropy(entropy_N, student_mass_N), kl_from_moment(reverse_N, *masses), kl_from_moment(forward_N, *masses[::-1])
 
 
-def _chunk_softmax(hidden_NH: torch.Tensor, head_WH: torch.Tensor, shard: VocabShard, temperature: float, dtype: torch.dtype) -> ShardSoftmax:
-    """Return the softmax, not started, of the real columns of one chunk's logits."""
-    logits_NW = head_logits(hidden_NH, head_WH[: shard.width], dtype)
-    return ShardSoftmax(logits_NW if temperature == 1 else logits_NW.div_(temperature))
+def _chunk_softmax(
+    model: str, hidden_NH: torch.Tensor, head_WH: torch.Tensor, shard: VocabShard, temperature: float, dtype: torch.dtype, scratch: Scratch
+) -> ShardSoftmax:
+    """Return the softmax, not started, of the real columns of one chunk's logits, in memory that both models' chunks share."""
+    room_NW = scratch.take(f"logits {model}", hidden_NH.size(0), shard.width, dtype, hidden_NH.device)
+    logits_NW = head_logits(hidden_NH, head_WH[: shard.width], dtype, room_NW)
+    return ShardSoftmax(logits_NW if temperature == 1 else logits_NW.div_(temperature), scratch, model)
 
 
 def _require_head(model: str, hidden_TH: torch.Tensor, head_WH: torch.Tensor) -> None:

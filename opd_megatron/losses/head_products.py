@@ -14,14 +14,14 @@ import torch
 HEAD_TILE_BYTES = 4 << 20
 
 
-def head_logits(hidden_NH: torch.Tensor, head_WH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return hidden @ head^T in `dtype`, fp32 or fp64, without rounding to the operands' dtype on the way."""
+def head_logits(hidden_NH: torch.Tensor, head_WH: torch.Tensor, dtype: torch.dtype, out_NW: torch.Tensor | None = None) -> torch.Tensor:
+    """Return hidden @ head^T in `dtype`, fp32 or fp64, without rounding to the operands' dtype on the way; in `out_NW` where that helps."""
     if hidden_NH.dtype == dtype:
-        return hidden_NH @ head_WH.T
+        return torch.mm(hidden_NH, head_WH.T, out=out_NW)
     if hidden_NH.is_cuda:
         return torch.mm(hidden_NH, head_WH.T, out_dtype=dtype)
     hidden_NH = hidden_NH.to(dtype)
-    logits_NW = hidden_NH.new_empty((hidden_NH.size(0), head_WH.size(0)))
+    logits_NW = hidden_NH.new_empty((hidden_NH.size(0), head_WH.size(0))) if out_NW is None else out_NW
     for columns, tile_H in _head_tiles(head_WH, dtype):
         torch.mm(hidden_NH, tile_H.T, out=logits_NW[:, columns])
     return logits_NW

@@ -78,6 +78,27 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+class Scratch:
+    """Memory by name, for tensors of one size that every chunk of a call needs again.
+
+    A fresh tensor of tens of MiB costs several times the arithmetic on it where the allocator maps its pages anew each time, as glibc does.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return [rows, columns] of uninitialised memory, the same as the last time under this name if it is large enough."""
+        held = self._tensors.get(name)
+        if held is None or held.size(0) < rows or held.size(1) != columns:
+            held = self._tensors[name] = torch.empty(rows, columns, dtype=dtype, device=device)
+        return held[:rows]
+
+    def like(self, name: str, tensor_TW: torch.Tensor) -> torch.Tensor:
+        """Return memory of a tensor's size."""
+        return self.take(name, tensor_TW.size(0), tensor_TW.size(1), tensor_TW.dtype, tensor_TW.device)
+
+
 class ShardSoftmax:
     """Softmax of one chunk of one model, in place: `local_max`, `shift_`, `mass`, `normalise_`, with a collective of the caller's between the steps.
 
@@ -85,10 +106,12 @@ class ShardSoftmax:
     The maximum and the logarithm of the mass are subtracted one after the other: adding a small logarithm to a large maximum would round it away.
     """
 
-    def __init__(self, logits_TW: torch.Tensor) -> None:
-        """Take over `logits_TW`, which is overwritten."""
+    def __init__(self, logits_TW: torch.Tensor, scratch: Scratch | None = None, name: str = "") -> None:
+        """Take over `logits_TW`, which is overwritten. Softmaxes that live at once share a `scratch` under different names."""
         self.logp_TW = logits_TW
         self.prob_TW = logits_TW
+        self.scratch = scratch or Scratch()
+        self._name = name
 
     def local_max(self) -> torch.Tensor:
         """Return the row maxima of this rank's columns; -inf where it has none."""
@@ -99,7 +122,7 @@ class ShardSoftmax:
     def shift_(self, max_T: torch.Tensor) -> None:
         """Subtract the maxima over the whole vocabulary. A fully masked row keeps its -inf logits and gets the mass 0."""
         self.logp_TW.sub_(max_T.masked_fill(max_T == -math.inf, 0)[:, None])
-        self.prob_TW = self.logp_TW.exp()
+        self.prob_TW = torch.exp(self.logp_TW, out=self.scratch.like(f"exponentials {self._name}", self.logp_TW))
 
     def mass(self) -> torch.Tensor:
         """Return this rank's part of the softmax denominator."""
@@ -112,7 +135,11 @@ class ShardSoftmax:
 
     def entropy_moment(self) -> torch.Tensor:
         """Return this rank's part of sum_v e^{u_v} u_v, with u the shifted logits. To be called between `shift_` and `normalise_`."""
-        return weighted_sum(self.prob_TW, self.logp_TW)
+        return weighted_sum(self.prob_TW, self.logp_TW, self.product())
+
+    def product(self) -> torch.Tensor:
+        """Return the one tensor of scratch memory for an entry-wise product; what was in it is gone."""
+        return self.scratch.like("product", self.logp_TW)
 
     def owned_logit(self, ids_T: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logit of each given id and a count of one, both 0 where another rank holds the id."""
@@ -129,9 +156,12 @@ def local_ids(ids_T: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, tor
     return local_T.clamp(0, shard.width - 1), (local_T >= 0) & (local_T < shard.width)
 
 
-def weighted_sum(weight_TW: torch.Tensor, value_TW: torch.Tensor) -> torch.Tensor:
-    """Return sum_v weight_v value_v with 0 * inf = 0. A NaN weight is dropped here and reaches the result through the mass it is divided by."""
-    return (weight_TW * value_TW).nansum(-1)
+def weighted_sum(weight_TW: torch.Tensor, value_TW: torch.Tensor, product_TW: torch.Tensor) -> torch.Tensor:
+    """Return sum_v weight_v value_v with 0 * inf = 0, multiplied in `product_TW`, which may be `value_TW`.
+
+    A NaN weight is dropped here and reaches the result through the mass it is divided by.
+    """
+    return torch.mul(weight_TW, value_TW, out=product_TW).nansum(-1)
 
 
 def entropy(moment_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:
