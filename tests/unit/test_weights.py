@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from opd_megatron.models import weights
-from opd_megatron.models.weight_map import weight_map
+from opd_megatron.models.weight_map import to_hf, weight_map
 from opd_megatron.models.weights import export_hf, open_weights
 from tests.model_configs import edit_json, refusal
 from tests.tiny import write_tiny_model
@@ -34,9 +34,17 @@ def test_missing_and_unknown_tensors_are_refused(folder: Path) -> None:
 
 
 def test_stored_rotary_buffers_are_passed_over(folder: Path) -> None:
+    """What is read is what the folder held without them, bit for bit; a name that only resembles theirs is unknown."""
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(12)}, folder / "model.safetensors")
-    open_weights(hf=str(folder))
+    buffers = {f"model.{place}rotary_emb.inv_freq": torch.ones(12) for place in ("", "layers.0.self_attn.", "layers.1.self_attn.")}
+    save_file({**tensors, **buffers}, folder / "model.safetensors")
+    source = open_weights(hf=str(folder))
+    read = {name: part for row in weight_map(source.architecture) for name, part in to_hf(row, source.read(row), source.architecture).items()}
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq.weight", "model.layers.0.self_attn.rotary_emb.original_inv_freq"):
+        save_file({**tensors, **buffers, name: torch.ones(12)}, folder / "model.safetensors")
+        assert f"1 tensors are unknown to a qwen3 model, first '{name}'" in refusal(lambda: open_weights(hf=str(folder)))
 
 
 def test_a_tied_head_may_be_stored_a_second_time_and_an_untied_one_must_be_there(tmp_path: Path) -> None:
