@@ -118,9 +118,16 @@ def require_temperature(temperature: float) -> None:
 
 
 def make_divergence(
-    *, kind: str, beta: float, alpha: float | None, top_k: int | None, support: str | None, pointwise_clip: float | None
+    *,
+    kind: str,
+    beta: float,
+    alpha: float | None,
+    top_k: int | None,
+    support: str | None,
+    pointwise_clip: float | None,
+    sampled_ids_T: torch.Tensor | None,
 ) -> Divergence | ClassDivergence:
-    """Return the divergence of any kind; ValueError for an unknown one, or an option that does not belong to it."""
+    """Return the divergence of any kind; ValueError for an unknown one, an option that does not belong to it, or sampled ids that it needs and lacks."""
     if kind not in ALL_KINDS:
         raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(ALL_KINDS)}")
     if kind in FULL_KINDS:
@@ -130,13 +137,10 @@ def make_divergence(
         return Divergence(kind=kind, beta=beta, alpha=alpha, pointwise_clip=pointwise_clip)
     if alpha is not None:
         raise ValueError(f"alpha={alpha} belongs to skew_forward and skew_reverse, not to kind={kind!r}")
-    return ClassDivergence(kind=kind, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
-
-
-def require_sampled_ids(kind: str, sampled_ids_T: torch.Tensor | None) -> None:
-    """Raise ValueError when a kind that compares sampled tokens gets none."""
+    divergence = ClassDivergence(kind=kind, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
     if kind in SAMPLED_KINDS and sampled_ids_T is None:
         raise ValueError(f"kind={kind!r} compares the tokens that were sampled; pass their ids as sampled_ids_T, got None")
+    return divergence
 
 
 def vocab_parallel_divergence(
@@ -166,8 +170,7 @@ def vocab_parallel_divergence(
     Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
     not positive.
     """
-    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
-    require_sampled_ids(kind, sampled_ids_T)
+    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip, sampled_ids_T=sampled_ids_T)
     if sampled_ids_T is not None:
         if kind not in SAMPLED_KINDS:
             raise ValueError(f"sampled_ids_T belongs to {' and '.join(SAMPLED_KINDS)}, not to kind={kind!r}")

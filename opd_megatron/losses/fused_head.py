@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.class_divergence import ClassDivergence
-from opd_megatron.losses.divergences import make_divergence, require_sampled_ids, require_temperature
+from opd_megatron.losses.divergences import make_divergence, require_temperature
 from opd_megatron.losses.full_divergence import Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
 from opd_megatron.losses.head_products import add_head_gradient_, head_logits, hidden_gradient
 from opd_megatron.losses.vocab_parallel import (
@@ -256,8 +256,7 @@ def fused_head_divergence(
     Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
     not positive.
     """
-    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
-    require_sampled_ids(kind, sampled_ids_T)
+    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip, sampled_ids_T=sampled_ids_T)
     _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG, temperature)
     objective = _DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
     ids = {} if sampled_ids_T is None else {"sampled_ids_T": sampled_ids_T}
