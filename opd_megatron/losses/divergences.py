@@ -30,6 +30,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int | None,
     ) -> torch.Tensor:
+        """Return the divergences [T] in nats, in the dtype of the arithmetic, the same on all ranks."""
         num_tokens, num_columns = student_logits_TW.shape
         saved_5T = student_logits_TW.new_empty((5, num_tokens), dtype=compute_dtype(student_logits_TW))
         divergence_T = torch.empty_like(saved_5T[0])
@@ -47,6 +48,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient [T, W] of the student's logits, in their dtype, 0 on padding; both models' probabilities are made anew, chunk by chunk."""
         student_logits_TW, teacher_logits_TW, saved_5T = ctx.saved_tensors
         grad_TW = torch.zeros_like(student_logits_TW)
         num_tokens, num_columns = student_logits_TW.shape
@@ -81,6 +83,7 @@ class _ClassDivergence(torch.autograd.Function):
         chunk_tokens: int | None,
         sampled_ids_T: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Return the divergences [T] in nats, in the dtype of the arithmetic, the same on all ranks."""
         chunks = []
         for rows in token_chunks(student_logits_TW.size(0), student_logits_TW.size(1), student_logits_TW.device, chunk_tokens):
             student = _chunk_softmax(student_logits_TW[rows], shard, temperature)
@@ -94,6 +97,7 @@ class _ClassDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient [T, W] of the student's logits, in their dtype, 0 on padding; only the student's rest is made anew, chunk by chunk."""
         student_logits_TW, *saved = ctx.saved_tensors
         grad_TW = torch.zeros_like(student_logits_TW)
         for index, rows in enumerate(token_chunks(student_logits_TW.size(0), student_logits_TW.size(1), student_logits_TW.device, ctx.chunk_tokens)):

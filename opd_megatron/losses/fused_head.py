@@ -139,6 +139,7 @@ class _FusedHead(torch.autograd.Function):
         grad_enabled: bool,
         accumulate_main_grad: bool,
     ) -> tuple[torch.Tensor, ...]:
+        """Return the loss sum and, detached, each token's loss, entropy and picked log-probability [T]; saved are the sum's gradients [T, H] and [W, H]."""
         needs_hidden, needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
         grad_WH = torch.zeros_like(head_WH, dtype=weight_T.dtype) if needs_head else None
@@ -162,6 +163,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the saved gradients times the upstream number, each in its input's dtype; the head's goes to its `main_grad` where that was asked for."""
         grad_TH, grad_WH = ctx.saved_tensors
         scaled_TH = None if grad_TH is None else (grad_TH * grad_sum).to(grad_TH.dtype)
         if ctx.head_WH is not None and grad_WH is not None:
