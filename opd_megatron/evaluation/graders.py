@@ -116,6 +116,7 @@ def _guarded(score: Grader, data: DataConfig) -> Grader:
     failed = False
 
     def grade(prompt: Prompt, response: str) -> float:
+        """Return the score in [0, 1] of what follows the response's thinking; ValueError for a prompt without a reference answer."""
         nonlocal failed
         check_gradable([prompt], data)
         try:

@@ -30,6 +30,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int | None,
     ) -> torch.Tensor:
+        """Return the divergences [T] in nats, in the dtype of the arithmetic, the same on all ranks."""
         num_tokens, num_columns = student_logits_TW.shape
         saved_5T = student_logits_TW.new_empty((5, num_tokens), dtype=compute_dtype(student_logits_TW))
         divergence_T = torch.empty_like(saved_5T[0])
@@ -47,6 +48,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient [T, W] of the student's logits, in their dtype, 0 on padding; both models' probabilities are made anew, chunk by chunk."""
         student_logits_TW, teacher_logits_TW, saved_5T = ctx.saved_tensors
         grad_TW = torch.zeros_like(student_logits_TW)
         num_tokens, num_columns = student_logits_TW.shape
@@ -81,6 +83,7 @@ class _ClassDivergence(torch.autograd.Function):
         chunk_tokens: int | None,
         sampled_ids_T: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Return the divergences [T] in nats, in the dtype of the arithmetic, the same on all ranks."""
         chunks = []
         for rows in token_chunks(student_logits_TW.size(0), student_logits_TW.size(1), student_logits_TW.device, chunk_tokens):
             student = _chunk_softmax(student_logits_TW[rows], shard, temperature)
@@ -94,6 +97,7 @@ class _ClassDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient [T, W] of the student's logits, in their dtype, 0 on padding; only the student's rest is made anew, chunk by chunk."""
         student_logits_TW, *saved = ctx.saved_tensors
         grad_TW = torch.zeros_like(student_logits_TW)
         for index, rows in enumerate(token_chunks(student_logits_TW.size(0), student_logits_TW.size(1), student_logits_TW.device, ctx.chunk_tokens)):
@@ -118,9 +122,16 @@ def require_temperature(temperature: float) -> None:
 
 
 def make_divergence(
-    *, kind: str, beta: float, alpha: float | None, top_k: int | None, support: str | None, pointwise_clip: float | None
+    *,
+    kind: str,
+    beta: float,
+    alpha: float | None,
+    top_k: int | None,
+    support: str | None,
+    pointwise_clip: float | None,
+    sampled_ids_T: torch.Tensor | None,
 ) -> Divergence | ClassDivergence:
-    """Return the divergence of any kind; ValueError for an unknown one, or an option that does not belong to it."""
+    """Return the divergence of any kind; ValueError for an unknown one, an option that does not belong to it, or sampled ids that it needs and lacks."""
     if kind not in ALL_KINDS:
         raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(ALL_KINDS)}")
     if kind in FULL_KINDS:
@@ -130,13 +141,10 @@ def make_divergence(
         return Divergence(kind=kind, beta=beta, alpha=alpha, pointwise_clip=pointwise_clip)
     if alpha is not None:
         raise ValueError(f"alpha={alpha} belongs to skew_forward and skew_reverse, not to kind={kind!r}")
-    return ClassDivergence(kind=kind, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
-
-
-def require_sampled_ids(kind: str, sampled_ids_T: torch.Tensor | None) -> None:
-    """Raise ValueError when a kind that compares sampled tokens gets none."""
+    divergence = ClassDivergence(kind=kind, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
     if kind in SAMPLED_KINDS and sampled_ids_T is None:
         raise ValueError(f"kind={kind!r} compares the tokens that were sampled; pass their ids as sampled_ids_T, got None")
+    return divergence
 
 
 def vocab_parallel_divergence(
@@ -166,8 +174,7 @@ def vocab_parallel_divergence(
     Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
     not positive.
     """
-    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
-    require_sampled_ids(kind, sampled_ids_T)
+    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip, sampled_ids_T=sampled_ids_T)
     if sampled_ids_T is not None:
         if kind not in SAMPLED_KINDS:
             raise ValueError(f"sampled_ids_T belongs to {' and '.join(SAMPLED_KINDS)}, not to kind={kind!r}")

@@ -6,31 +6,17 @@ The gradient is computed in the forward, chunk by chunk, because the logits exis
 of a backward that recomputes them. It follows that token weights are inputs here, and that the backward can only scale by one number.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses import triton_divergence
-from opd_megatron.losses.class_divergence import ClassDivergence
-from opd_megatron.losses.divergences import make_divergence, require_sampled_ids, require_temperature
-from opd_megatron.losses.full_divergence import ChunkDivergence, Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
-from opd_megatron.losses.head_products import add_head_gradient_, head_logits, hidden_gradient
-from opd_megatron.losses.vocab_parallel import (
-    Scratch,
-    ShardSoftmax,
-    VocabShard,
-    compute_dtype,
-    entropy,
-    local_ids,
-    picked_logp,
-    require_same,
-    token_chunks,
-    vocab_shard,
-)
+from opd_megatron.losses.chunk_objectives import ChunkObjective, CrossEntropyObjective, DivergenceObjective, chunk_softmax, chunk_statistics
+from opd_megatron.losses.divergences import make_divergence, require_temperature
+from opd_megatron.losses.head_products import add_head_gradient_, hidden_gradient
+from opd_megatron.losses.vocab_parallel import Scratch, VocabShard, compute_dtype, require_same, token_chunks, vocab_shard
 
 
 @dataclass(frozen=True)
@@ -53,107 +39,6 @@ class TokenStatistics:
     forward_kl_T: torch.Tensor
 
 
-class ChunkLoss(NamedTuple):
-    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, and the scaled gradient in the student's logits."""
-
-    value_N: torch.Tensor
-    entropy_N: torch.Tensor
-    picked_logp_N: torch.Tensor | None
-    grad_NW: torch.Tensor | None
-
-
-class ChunkObjective(Protocol):
-    """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits, times `scale_N`; None without it."""
-
-    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss: ...
-
-
-@dataclass(frozen=True)
-class _DivergenceObjective:
-    """Divergence from a teacher given by its hidden states and its head."""
-
-    teacher_hidden_TG: torch.Tensor
-    teacher_head_WG: torch.Tensor
-    divergence: Divergence | ClassDivergence
-    temperature: float
-    sampled_ids_T: torch.Tensor | None
-
-    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
-        dtype = student.logp_TW.dtype
-        teacher = _chunk_softmax("teacher", self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, dtype, student.scratch)
-        if isinstance(self.divergence, ClassDivergence):
-            return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
-        if triton_divergence.usable_for(student.logp_TW):
-            return self._by_kernels(self.divergence, student, teacher, rows, shard, scale_N)
-        shift_to_max_(student, teacher, shard)
-        picked = () if self.sampled_ids_T is None else student.owned_logit(self.sampled_ids_T[rows], shard)
-        chunk, sums = self.divergence.evaluate_(student, teacher, shard, student.entropy_moment(), *picked)
-        mass_N, _, moment_N, *picked_N = sums
-        entropy_N = entropy(moment_N, mass_N)
-        logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
-        grad_NW = None if scale_N is None else self.divergence.gradient(student, teacher, chunk).mul_(scale_N[:, None])
-        return ChunkLoss(chunk.value_T, entropy_N, logp_N, grad_NW)
-
-    def _by_kernels(
-        self, divergence: Divergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
-    ) -> ChunkLoss:
-        """Do the same in two or three passes over the logits, with the same collectives."""
-        logits = (student.logp_TW, teacher.logp_TW)
-        local = triton_divergence.row_statistics(*logits)
-        maxima = shard.max(local.student_max_N, local.teacher_max_N)
-        local = local.relative_to(*maxima)
-        picked: tuple[torch.Tensor, ...] = ()
-        if self.sampled_ids_T is not None:
-            logit_N, owned_N = student.owned_logit(self.sampled_ids_T[rows], shard)
-            picked = ((logit_N - maxima[0]).masked_fill_(owned_N == 0, 0), owned_N)
-        moment_N = local.reverse_moment_N if divergence.kind == "reverse_kl" else local.forward_moment_N
-        sums = shard.sum(local.student_mass_N, local.teacher_mass_N, local.entropy_moment_N, moment_N, *picked)
-        masses = live_masses(*sums[:2])
-        norms = triton_divergence.RowNorms(maxima[0], maxima[1], *masses)
-        if divergence.has_closed_form:
-            chunk = divergence.closed_form(sums[3], *masses)
-        else:
-            chunk = ChunkDivergence(*shard.sum(*triton_divergence.term_sums(divergence, *logits, norms)))
-        logp_N = picked_logp(sums[4], sums[5], masses[0]) if picked else None
-        grad_NW = None if scale_N is None else triton_divergence.gradient_(divergence, *logits, norms, chunk.correction_T, scale_N)
-        return ChunkLoss(chunk.value_T, entropy(sums[2], masses[0]), logp_N, grad_NW)
-
-    def _over_classes(
-        self, divergence: ClassDivergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
-    ) -> ChunkLoss:
-        sampled_N = None if self.sampled_ids_T is None else self.sampled_ids_T[rows]
-        ids_NK = divergence.pick(student, teacher, shard, sampled_N)
-        picked = () if sampled_N is None else student.owned_logit(sampled_N, shard)
-        chunk, picked_N = divergence.evaluate_(student, teacher, ids_NK, shard, *picked)
-        logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(picked_N[1] == 0, math.nan) if picked_N else None
-        gradient_NW = None if scale_N is None else divergence.gradient(student.prob_TW, chunk, shard).mul_(scale_N[:, None])
-        return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW)
-
-
-@dataclass(frozen=True)
-class _CrossEntropyObjective:
-    """-log p of a given id."""
-
-    target_ids_T: torch.Tensor
-
-    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
-        target_ids_N = self.target_ids_T[rows]
-        student.shift_(*shard.max(student.local_max()))
-        mass_N, moment_N, logit_N, owners_N = shard.sum(student.mass(), student.entropy_moment(), *student.owned_logit(target_ids_N, shard))
-        logp_N = picked_logp(logit_N, owners_N, mass_N)
-        grad_NW = None if scale_N is None else self._gradient(student, mass_N, target_ids_N, shard).mul_(scale_N[:, None])
-        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, grad_NW)
-
-    @staticmethod
-    def _gradient(student: ShardSoftmax, mass_N: torch.Tensor, target_ids_N: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-        """Return p minus the one-hot target, of this rank's columns."""
-        grad_NW = student.prob_TW.div_(mass_N[:, None])
-        if shard.width:
-            local_N, owned_N = local_ids(target_ids_N, shard)
-            grad_NW.scatter_add_(1, local_N[:, None], -owned_N.to(grad_NW.dtype)[:, None])
-        return grad_NW
-
-
 class _FusedHead(torch.autograd.Function):
     """Loss and gradients in one pass over chunks of tokens; the backward scales them by the upstream number and sends nothing."""
 
@@ -170,6 +55,7 @@ class _FusedHead(torch.autograd.Function):
         grad_enabled: bool,
         accumulate_main_grad: bool,
     ) -> tuple[torch.Tensor, ...]:
+        """Return the loss sum and, detached, each token's loss, entropy and picked log-probability [T]; saved are the sum's gradients [T, H] and [W, H]."""
         needs_hidden, needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
         grad_WH = torch.zeros_like(head_WH, dtype=weight_T.dtype) if needs_head else None
@@ -177,7 +63,7 @@ class _FusedHead(torch.autograd.Function):
         scratch = Scratch()
         chunks = list(token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
         for rows, num_kept in zip(chunks, _num_kept(weight_T, chunks)):
-            student = _chunk_softmax("student", hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype, scratch)
+            student = chunk_softmax("student", hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype, scratch)
             scale_N = weight_T[rows] / temperature if num_kept > 0 and (needs_hidden or needs_head) else None
             chunk = objective(student, rows, shard, scale_N)
             value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
@@ -195,6 +81,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the saved gradients times the upstream number, each in its input's dtype; the head's goes to its `main_grad` where that was asked for."""
         grad_TH, grad_WH = ctx.saved_tensors
         scaled_TH = None if grad_TH is None else (grad_TH * grad_sum).to(grad_TH.dtype)
         if ctx.head_WH is not None and grad_WH is not None:
@@ -289,10 +176,9 @@ def fused_head_divergence(
     Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
     not positive.
     """
-    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip)
-    require_sampled_ids(kind, sampled_ids_T)
+    divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip, sampled_ids_T=sampled_ids_T)
     _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG, temperature)
-    objective = _DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
+    objective = DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
     ids = {} if sampled_ids_T is None else {"sampled_ids_T": sampled_ids_T}
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     return _fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids, accumulate_main_grad)
@@ -318,7 +204,7 @@ def fused_head_cross_entropy(
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     ids = {"target_ids_T": target_ids_T}
     return _fused_head(
-        student_hidden_TH, student_head_WH, _CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids, accumulate_main_grad
+        student_hidden_TH, student_head_WH, CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids, accumulate_main_grad
     )
 
 
@@ -367,38 +253,10 @@ def token_statistics(
     statistics_3T = student_hidden_TH.new_empty((3, num_tokens), dtype=dtype)
     with torch.no_grad():
         for rows in token_chunks(num_tokens, num_columns, student_hidden_TH.device, chunk_tokens):
-            student = _chunk_softmax("student", student_hidden_TH[rows], student_head_WH, shard, temperature, dtype, scratch)
-            teacher = _chunk_softmax("teacher", teacher_hidden_TG[rows], teacher_head_WG, shard, temperature, dtype, scratch)
-            statistics_3T[:, rows] = torch.stack(_chunk_statistics(student, teacher, shard))
+            student = chunk_softmax("student", student_hidden_TH[rows], student_head_WH, shard, temperature, dtype, scratch)
+            teacher = chunk_softmax("teacher", teacher_hidden_TG[rows], teacher_head_WG, shard, temperature, dtype, scratch)
+            statistics_3T[:, rows] = torch.stack(chunk_statistics(student, teacher, shard))
     return TokenStatistics(*statistics_3T)
-
-
-def _chunk_statistics(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return entropy, reverse and forward KL of one chunk."""
-    if triton_divergence.usable_for(student.logp_TW):
-        local = triton_divergence.row_statistics(student.logp_TW, teacher.logp_TW)
-        own = local.relative_to(*shard.max(local.student_max_N, local.teacher_max_N))[2:]
-        return _statistics_from(*shard.sum(*own))
-    shift_to_max_(student, teacher, shard)
-    moments = (student.entropy_moment(), kl_moment(student, teacher), kl_moment(teacher, student))
-    return _statistics_from(*shard.sum(student.mass(), teacher.mass(), *moments))
-
-
-def _statistics_from(
-    student_mass_N: torch.Tensor, teacher_mass_N: torch.Tensor, entropy_N: torch.Tensor, reverse_N: torch.Tensor, forward_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return entropy, reverse and forward KL from masses and moments over the whole vocabulary."""
-    masses = live_masses(student_mass_N, teacher_mass_N)
-    return entropy(entropy_N, student_mass_N), kl_from_moment(reverse_N, *masses), kl_from_moment(forward_N, *masses[::-1])
-
-
-def _chunk_softmax(
-    model: str, hidden_NH: torch.Tensor, head_WH: torch.Tensor, shard: VocabShard, temperature: float, dtype: torch.dtype, scratch: Scratch
-) -> ShardSoftmax:
-    """Return the softmax, not started, of the real columns of one chunk's logits, in memory that both models' chunks share."""
-    room_NW = scratch.take(f"logits {model}", hidden_NH.size(0), shard.width, dtype, hidden_NH.device)
-    logits_NW = head_logits(hidden_NH, head_WH[: shard.width], dtype, room_NW)
-    return ShardSoftmax(logits_NW if temperature == 1 else logits_NW.div_(temperature), scratch, model)
 
 
 def _require_head(model: str, hidden_TH: torch.Tensor, head_WH: torch.Tensor) -> None:

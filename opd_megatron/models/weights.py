@@ -76,6 +76,7 @@ class HFWeights:
             raise ValueError(f"{folder.path}: {len(unknown)} tensors are unknown to a {self.architecture.family} model, first {unknown[0]!r}")
 
     def read(self, row: MappedTensor) -> torch.Tensor:
+        """Return one global Megatron tensor fused from its Hugging Face parts, in the dtype they are stored in; no other tensor is read."""
         return to_megatron(row, [self._read_part(name) for name in row.hf], self.architecture)
 
     def _read_part(self, name: str) -> torch.Tensor:
@@ -111,6 +112,7 @@ class CheckpointWeights:
                 raise ValueError(f"{self.path}: {row.megatron} has shape {shape} where {config} implies {wanted}; another model's checkpoint?")
 
     def read(self, row: MappedTensor) -> torch.Tensor:
+        """Return one global Megatron tensor in the dtype it is stored in, vocabulary padding cut off; ValueError where its files are damaged."""
         stored = self._tensors[row.megatron]
         assert isinstance(stored, TensorStorageMetadata)
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)

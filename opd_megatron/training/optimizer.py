@@ -119,6 +119,7 @@ def _place_buckets_where_parameters_are_read() -> None:
         return
 
     def parameter_state(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        """Return what the original does, {buffer: {dtypes: {key: flat tensor}}} or None, with the padding between buckets put back into every tensor."""
         state = original(self, *args, **kwargs)
         for index, buffer in enumerate(self.buffers):
             for tensors in (state or {}).get(index, {}).values():

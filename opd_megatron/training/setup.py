@@ -107,6 +107,7 @@ def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources,
     note(groups.picture("teacher"))
 
     def load(source: WeightSource) -> Teacher:
+        """Return a frozen teacher with these weights, on the teacher's groups, its head cut as the student's vocabulary is."""
         return Teacher(
             source,
             groups,

@@ -95,6 +95,7 @@ class Student:
         """Run Megatron's pipeline schedule over this replica's micro-batches and add up the sums of the whole world."""
 
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            """Return this stage's output, after the last one hidden states [B, S, H], and the function that makes the micro-batch's loss of them."""
             micro_batch = next(batches)
             tokens_BS = micro_batch.batch.tokens_BS
             positions_BS = torch.arange(tokens_BS.size(1), device=self.device).expand_as(tokens_BS)

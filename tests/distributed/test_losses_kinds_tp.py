@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.losses import fused_head_divergence, vocab_parallel_divergence
-from tests.distributed.test_losses_tp import NUM_COLUMNS, NUM_TOKENS, VOCAB_SIZES, count_collectives, logits_pair, relative_error, shard_slice, split_group
-from tests.distributed.test_losses_tp import whole_problem as head_problem
-from tests.unit.test_losses_kinds import CASES, SAMPLED_KINDS, SKEW_KINDS, TOLERANCE, TOP_K_KINDS, naive_loss, with_ids
+from tests.distributed.test_losses_tp import NUM_COLUMNS, NUM_TOKENS, VOCAB_SIZES, count_collectives, logits_pair, shard_slice, split_group, whole_problem
+from tests.reference_losses import SAMPLED_KINDS, SKEW_KINDS, TOLERANCE, TOP_K_KINDS, naive_divergence, relative_error_or_zero, with_ids
+from tests.unit.test_losses_kinds import CASES
 
 
 def unfused_errors(tp_size, dtype):
@@ -23,14 +23,14 @@ def unfused_errors(tp_size, dtype):
             student, teacher, weight_T = logits_pair(dtype)
             options = with_ids(case, NUM_TOKENS, vocab_size)
             whole = student.double().requires_grad_()
-            expected_T = naive_loss(whole[:, :vocab_size], teacher[:, :vocab_size], **options)
+            expected_T = naive_divergence(whole[:, :vocab_size], teacher[:, :vocab_size], **options)
             (expected,) = torch.autograd.grad((expected_T * weight_T).sum(), whole)
             local = student[:, columns].clone().requires_grad_()
             value_T = vocab_parallel_divergence(local, teacher[:, columns], tp_group=group, vocab_size=vocab_size, **options)
             (gradient,) = torch.autograd.grad((value_T * weight_T).sum(), local)
             # Relative to the whole gradient: a rank may hold no picked id, and then only rounding remains on it.
             error = (gradient.double() - expected[:, columns]).norm() / expected.norm().clamp_min(1e-30)
-            results.append((case, vocab_size, relative_error(value_T.detach(), expected_T.detach()), error.item()))
+            results.append((case, vocab_size, relative_error_or_zero(value_T.detach(), expected_T.detach()), error.item()))
     return results
 
 
@@ -48,10 +48,10 @@ def fused_errors(tp_size, dtype):
     columns = shard_slice(group)
     results = []
     for case in CASES:
-        models, weight_T = head_problem(dtype)
+        models, weight_T = whole_problem(dtype)
         options = with_ids(case, NUM_TOKENS, 48)
         leaves = [tensor.double().requires_grad_() for tensor in models[:2]]
-        expected_T = naive_loss(leaves[0] @ leaves[1][:48].T, models[2].double() @ models[3][:48].double().T, **options)
+        expected_T = naive_divergence(leaves[0] @ leaves[1][:48].T, models[2].double() @ models[3][:48].double().T, **options)
         expected_hidden, expected_head = torch.autograd.grad((expected_T * weight_T).sum(), leaves)
         hidden, head = models[0].requires_grad_(), models[1][columns].clone().requires_grad_()
         shared = {"tp_group": group, "token_weight_T": weight_T, "vocab_size": 48, "chunk_tokens": 8}
@@ -59,7 +59,8 @@ def fused_errors(tp_size, dtype):
         grad_hidden, grad_head = torch.autograd.grad(result.loss_sum, (hidden, head))
         dist.all_reduce(grad_hidden, group=group)
         head_error = (grad_head.double() - expected_head[columns]).norm() / expected_head.norm().clamp_min(1e-30)
-        results.append((case, relative_error(result.divergence_T, expected_T.detach()), relative_error(grad_hidden, expected_hidden), head_error.item()))
+        errors = [relative_error_or_zero(*pair) for pair in ((result.divergence_T, expected_T.detach()), (grad_hidden, expected_hidden))]
+        results.append((case, *errors, head_error.item()))
     return results
 
 
@@ -115,7 +116,7 @@ def collective_counts():
     """Return the collectives of each kind's forward, unfused and fused per chunk, and those of all backwards together."""
     group = split_group(4)
     columns = shard_slice(group)
-    models, _ = head_problem()
+    models, _ = whole_problem()
     hidden, head = models[0].requires_grad_(), models[1][columns].clone().requires_grad_()
     logits = [tensor[:, columns].clone().requires_grad_() for tensor in logits_pair()[:2]]
     losses, forwards = [], {}

@@ -4,7 +4,6 @@ Every rank builds the same whole problem from a seed, works on its slice, and co
 Not covered here: the options and edge cases that do not depend on the split (tests/unit/test_losses.py), and NCCL.
 """
 
-import math
 from functools import partial
 
 import pytest
@@ -13,10 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from opd_megatron.losses import fused_head_cross_entropy, fused_head_divergence, token_statistics, vocab_parallel_divergence
+from tests.reference_losses import TOLERANCE, head_problem, naive_divergence, relative_error_or_zero
 
-# fp32 arithmetic on some hundred entries leaves about 1e-6; a wrong term shows at 1e-2 or more. bf16 stores 8 bits: 2^-9 = 0.2 % per rounding,
-# and the hidden states' gradient is a sum of parts that were each rounded.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 NUM_TOKENS, NUM_COLUMNS = 21, 64
 CASES = [
     {"kind": kind, **options}
@@ -38,33 +35,10 @@ def shard_slice(group):
     return slice(group.rank() * width, (group.rank() + 1) * width)
 
 
-def naive_divergence(student_logits_TV, teacher_logits_TV, *, kind, beta=0.5, temperature=1.0, pointwise_clip=math.inf):
-    """The definition, term by term, in fp64."""
-    log_p, log_q = (F.log_softmax(logits.double() / temperature, -1) for logits in (student_logits_TV, teacher_logits_TV))
-    p, q = log_p.exp(), log_q.exp()
-    if kind == "reverse_kl":
-        summand = p * (log_p - log_q)
-    elif kind == "forward_kl":
-        summand = q * (log_q - log_p)
-    else:
-        log_m = (beta * q + (1 - beta) * p).log()
-        summand = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
-    return summand.clamp(max=pointwise_clip).sum(-1)
-
-
-def relative_error(value, reference):
-    """Relative error; absolute where the reference is exactly 0, as in a shard of padding."""
-    return ((value.double() - reference.double()).norm() / reference.double().norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
-
-
 def whole_problem(dtype=torch.float32):
-    """Hidden states and heads of both models, and token weights of which every third is 0: the same on all ranks."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(NUM_TOKENS, 16), (NUM_COLUMNS, 16), (NUM_TOKENS, 24), (NUM_COLUMNS, 24)]
-    models = [torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.6).to(dtype) for shape in shapes]
-    weight_T = torch.rand(NUM_TOKENS, generator=generator)
-    weight_T[::3] = 0
-    return models, weight_T
+    """Hidden states and heads of both models, which ask for no gradient yet, and token weights: the same on all ranks."""
+    models, weight_T = head_problem(NUM_TOKENS, NUM_COLUMNS, dtype)
+    return [tensor.detach() for tensor in models], weight_T
 
 
 def logits_pair(dtype=torch.float32):
@@ -87,7 +61,7 @@ def parity_errors(divergence, group, case, vocab_size, dtype=torch.float32):
     (gradient,) = torch.autograd.grad((value_T * weight_T).sum(), local)
     reference = expected[:, columns]
     projection = (gradient.double() * reference).sum() / reference.square().sum() if reference.any() else torch.tensor(1.0)
-    return relative_error(value_T.detach(), expected_T.detach()), relative_error(gradient, reference), projection.item()
+    return relative_error_or_zero(value_T.detach(), expected_T.detach()), relative_error_or_zero(gradient, reference), projection.item()
 
 
 def library_errors(tp_size, dtype):
@@ -124,7 +98,7 @@ def uneven_errors(widths, vocab_size):
     local = student[:, start:stop].clone().requires_grad_()
     value_T = vocab_parallel_divergence(local, teacher[:, start:stop], kind="jsd", tp_group=split_group(4), vocab_size=vocab_size, shard_start=start)
     (gradient,) = torch.autograd.grad((value_T * weight_T).sum(), local)
-    return relative_error(value_T.detach(), expected_T.detach()), relative_error(gradient, expected[:, start:stop])
+    return relative_error_or_zero(value_T.detach(), expected_T.detach()), relative_error_or_zero(gradient, expected[:, start:stop])
 
 
 @pytest.mark.parametrize("widths", [(30, 20, 10, 4), (1, 0, 60, 3)], ids=str)
@@ -152,7 +126,7 @@ def fused_errors(tp_size, dtype):
             grad_hidden, grad_head = torch.autograd.grad(result.loss_sum, (hidden, head))
             dist.all_reduce(grad_hidden, group=group)
             pairs = [(result.divergence_T, expected_T), (result.loss_sum, expected_sum), (grad_hidden, expected_hidden), (grad_head, expected_head[columns])]
-            results.append((case, vocab_size, *(relative_error(value.detach(), reference.detach()) for value, reference in pairs)))
+            results.append((case, vocab_size, *(relative_error_or_zero(value.detach(), reference.detach()) for value, reference in pairs)))
     return results
 
 
@@ -195,7 +169,7 @@ def per_token_values(tp_size):
 def test_per_token_values_are_right_and_bit_identical_on_all_ranks(pool, tp_size):
     first, *others = pool.run(per_token_values, tp_size, world_size=4)
     for name, (value_T, expected_T) in first.items():
-        assert relative_error(value_T, expected_T) < TOLERANCE[torch.float32], name
+        assert relative_error_or_zero(value_T, expected_T) < TOLERANCE[torch.float32], name
         assert all(torch.equal(value_T, other[name][0]) for other in others), name
 
 
@@ -211,7 +185,7 @@ def cross_entropy_gradient_error(tp_size):
     result = fused_head_cross_entropy(hidden, head, targets_T, tp_group=group, token_weight_T=weight_T, vocab_size=48)
     grad_hidden, grad_head = torch.autograd.grad(result.loss_sum, (hidden, head))
     dist.all_reduce(grad_hidden, group=group)
-    return relative_error(grad_hidden, expected_hidden), relative_error(grad_head, expected_head[columns])
+    return relative_error_or_zero(grad_hidden, expected_hidden), relative_error_or_zero(grad_head, expected_head[columns])
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])

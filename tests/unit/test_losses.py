@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_megatron.losses import fused_head_cross_entropy, fused_head_divergence, token_statistics, vocab_parallel_divergence
+from tests.reference_losses import TOLERANCE, head_problem, logits_pair, naive_divergence, relative_error
 
-# fp32 arithmetic on some hundred entries leaves about 1e-6; a wrong term shows at 1e-2 or more. bf16 stores 8 bits: 2^-9 = 0.2 % per rounding.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 KINDS = ["reverse_kl", "forward_kl", "jsd"]
 OPTIONS = {
     "plain": {},
@@ -22,42 +21,6 @@ OPTIONS = {
     "clip_and_temperature": {"pointwise_clip": 0.02, "temperature": 0.6},
     "beta": {"beta": 0.1},
 }
-
-
-def naive_divergence(student_logits_TV, teacher_logits_TV, *, kind, beta=0.5, temperature=1.0, pointwise_clip=math.inf):
-    """The definition, term by term, in fp64."""
-    log_p, log_q = (F.log_softmax(logits.double() / temperature, -1) for logits in (student_logits_TV, teacher_logits_TV))
-    p, q = log_p.exp(), log_q.exp()
-    if kind == "reverse_kl":
-        summand = p * (log_p - log_q)
-    elif kind == "forward_kl":
-        summand = q * (log_q - log_p)
-    else:
-        log_m = (beta * q + (1 - beta) * p).log()
-        summand = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
-    return summand.clamp(max=pointwise_clip).sum(-1)
-
-
-def relative_error(value, reference):
-    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
-def logits_pair(num_tokens=23, num_columns=61, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (2 * torch.randn(num_tokens, num_columns, generator=generator, dtype=torch.float64) for _ in range(2))
-    return student.to(dtype).requires_grad_(), teacher.to(dtype)
-
-
-def head_problem(num_tokens=29, num_columns=64, dtype=torch.float32, seed=0):
-    """Student and teacher of different hidden sizes, with token weights of which every third is 0."""
-    generator = torch.Generator().manual_seed(seed)
-    student_hidden, student_head, teacher_hidden, teacher_head = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.6).to(dtype)
-        for shape in [(num_tokens, 16), (num_columns, 16), (num_tokens, 24), (num_columns, 24)]
-    )
-    weight_T = torch.rand(num_tokens, generator=generator)
-    weight_T[::3] = 0
-    return (student_hidden.requires_grad_(), student_head.requires_grad_(), teacher_hidden, teacher_head), weight_T
 
 
 def naive_head(models, weight_T, *, vocab_size, **options):

@@ -1,0 +1,145 @@
+"""What the fused head computes on one chunk of logits: a divergence from a teacher, a cross entropy, or statistics without a gradient.
+
+Shapes: T tokens, N tokens of one chunk, V vocabulary, W = this rank's slice of V, H / G = student / teacher hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from opd_megatron.losses import triton_divergence
+from opd_megatron.losses.class_divergence import ClassDivergence
+from opd_megatron.losses.full_divergence import ChunkDivergence, Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
+from opd_megatron.losses.head_products import head_logits
+from opd_megatron.losses.vocab_parallel import Scratch, ShardSoftmax, VocabShard, entropy, local_ids, picked_logp
+
+
+class ChunkLoss(NamedTuple):
+    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, and the scaled gradient in the student's logits."""
+
+    value_N: torch.Tensor
+    entropy_N: torch.Tensor
+    picked_logp_N: torch.Tensor | None
+    grad_NW: torch.Tensor | None
+
+
+class ChunkObjective(Protocol):
+    """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits, times `scale_N`; None without it."""
+
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss: ...
+
+
+@dataclass(frozen=True)
+class DivergenceObjective:
+    """Divergence from a teacher given by its hidden states and its head."""
+
+    teacher_hidden_TG: torch.Tensor
+    teacher_head_WG: torch.Tensor
+    divergence: Divergence | ClassDivergence
+    temperature: float
+    sampled_ids_T: torch.Tensor | None
+
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
+        dtype = student.logp_TW.dtype
+        teacher = chunk_softmax("teacher", self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, dtype, student.scratch)
+        if isinstance(self.divergence, ClassDivergence):
+            return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
+        if triton_divergence.usable_for(student.logp_TW):
+            return self._by_kernels(self.divergence, student, teacher, rows, shard, scale_N)
+        shift_to_max_(student, teacher, shard)
+        picked = () if self.sampled_ids_T is None else student.owned_logit(self.sampled_ids_T[rows], shard)
+        chunk, sums = self.divergence.evaluate_(student, teacher, shard, student.entropy_moment(), *picked)
+        mass_N, _, moment_N, *picked_N = sums
+        entropy_N = entropy(moment_N, mass_N)
+        logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
+        grad_NW = None if scale_N is None else self.divergence.gradient(student, teacher, chunk).mul_(scale_N[:, None])
+        return ChunkLoss(chunk.value_T, entropy_N, logp_N, grad_NW)
+
+    def _by_kernels(
+        self, divergence: Divergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
+    ) -> ChunkLoss:
+        """Do the same in two or three passes over the logits, with the same collectives."""
+        logits = (student.logp_TW, teacher.logp_TW)
+        local = triton_divergence.row_statistics(*logits)
+        maxima = shard.max(local.student_max_N, local.teacher_max_N)
+        local = local.relative_to(*maxima)
+        picked: tuple[torch.Tensor, ...] = ()
+        if self.sampled_ids_T is not None:
+            logit_N, owned_N = student.owned_logit(self.sampled_ids_T[rows], shard)
+            picked = ((logit_N - maxima[0]).masked_fill_(owned_N == 0, 0), owned_N)
+        moment_N = local.reverse_moment_N if divergence.kind == "reverse_kl" else local.forward_moment_N
+        sums = shard.sum(local.student_mass_N, local.teacher_mass_N, local.entropy_moment_N, moment_N, *picked)
+        masses = live_masses(*sums[:2])
+        norms = triton_divergence.RowNorms(maxima[0], maxima[1], *masses)
+        if divergence.has_closed_form:
+            chunk = divergence.closed_form(sums[3], *masses)
+        else:
+            chunk = ChunkDivergence(*shard.sum(*triton_divergence.term_sums(divergence, *logits, norms)))
+        logp_N = picked_logp(sums[4], sums[5], masses[0]) if picked else None
+        grad_NW = None if scale_N is None else triton_divergence.gradient_(divergence, *logits, norms, chunk.correction_T, scale_N)
+        return ChunkLoss(chunk.value_T, entropy(sums[2], masses[0]), logp_N, grad_NW)
+
+    def _over_classes(
+        self, divergence: ClassDivergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
+    ) -> ChunkLoss:
+        sampled_N = None if self.sampled_ids_T is None else self.sampled_ids_T[rows]
+        ids_NK = divergence.pick(student, teacher, shard, sampled_N)
+        picked = () if sampled_N is None else student.owned_logit(sampled_N, shard)
+        chunk, picked_N = divergence.evaluate_(student, teacher, ids_NK, shard, *picked)
+        logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(picked_N[1] == 0, math.nan) if picked_N else None
+        gradient_NW = None if scale_N is None else divergence.gradient(student.prob_TW, chunk, shard).mul_(scale_N[:, None])
+        return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW)
+
+
+@dataclass(frozen=True)
+class CrossEntropyObjective:
+    """-log p of a given id."""
+
+    target_ids_T: torch.Tensor
+
+    def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
+        target_ids_N = self.target_ids_T[rows]
+        student.shift_(*shard.max(student.local_max()))
+        mass_N, moment_N, logit_N, owners_N = shard.sum(student.mass(), student.entropy_moment(), *student.owned_logit(target_ids_N, shard))
+        logp_N = picked_logp(logit_N, owners_N, mass_N)
+        grad_NW = None if scale_N is None else self._gradient(student, mass_N, target_ids_N, shard).mul_(scale_N[:, None])
+        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, grad_NW)
+
+    @staticmethod
+    def _gradient(student: ShardSoftmax, mass_N: torch.Tensor, target_ids_N: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+        """Return p minus the one-hot target, of this rank's columns."""
+        grad_NW = student.prob_TW.div_(mass_N[:, None])
+        if shard.width:
+            local_N, owned_N = local_ids(target_ids_N, shard)
+            grad_NW.scatter_add_(1, local_N[:, None], -owned_N.to(grad_NW.dtype)[:, None])
+        return grad_NW
+
+
+def chunk_statistics(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return entropy, reverse and forward KL of one chunk."""
+    if triton_divergence.usable_for(student.logp_TW):
+        local = triton_divergence.row_statistics(student.logp_TW, teacher.logp_TW)
+        own = local.relative_to(*shard.max(local.student_max_N, local.teacher_max_N))[2:]
+        return _statistics_from(*shard.sum(*own))
+    shift_to_max_(student, teacher, shard)
+    moments = (student.entropy_moment(), kl_moment(student, teacher), kl_moment(teacher, student))
+    return _statistics_from(*shard.sum(student.mass(), teacher.mass(), *moments))
+
+
+def _statistics_from(
+    student_mass_N: torch.Tensor, teacher_mass_N: torch.Tensor, entropy_N: torch.Tensor, reverse_N: torch.Tensor, forward_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return entropy, reverse and forward KL from masses and moments over the whole vocabulary."""
+    masses = live_masses(student_mass_N, teacher_mass_N)
+    return entropy(entropy_N, student_mass_N), kl_from_moment(reverse_N, *masses), kl_from_moment(forward_N, *masses[::-1])
+
+
+def chunk_softmax(
+    model: str, hidden_NH: torch.Tensor, head_WH: torch.Tensor, shard: VocabShard, temperature: float, dtype: torch.dtype, scratch: Scratch
+) -> ShardSoftmax:
+    """Return the softmax, not started, of the real columns of one chunk's logits, in memory that both models' chunks share."""
+    room_NW = scratch.take(f"logits {model}", hidden_NH.size(0), shard.width, dtype, hidden_NH.device)
+    logits_NW = head_logits(hidden_NH, head_WH[: shard.width], dtype, room_NW)
+    return ShardSoftmax(logits_NW if temperature == 1 else logits_NW.div_(temperature), scratch, model)

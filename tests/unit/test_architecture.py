@@ -1,0 +1,183 @@
+"""A config.json is understood as transformers understands it, or refused with file and field; layouts that fit it; rotary frequencies.
+
+Not covered: configurations of published models as such; logits (tests/distributed/test_conversion.py); files around it (test_hf_folder.py).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from opd_megatron.models.architecture import Rope, parse_architecture
+from opd_megatron.models.gpt import inverse_frequencies
+from tests.model_configs import FAMILIES, LLAMA3, SIZES, architecture_of, config_of, refusal
+
+# The same rotary embedding as transformers 4 and transformers 5 write it.
+ROPE_FORMS = {
+    "default": (
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        Rope(kind="default", theta=1e6),
+    ),
+    "linear, old key": (
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}},
+        Rope(kind="linear", theta=5e5, factor=4.0),
+    ),
+    "llama3": (
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        Rope(kind="llama3", theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32),
+    ),
+    "llama3, both keys": (
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}},
+        {"rope_scaling": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        Rope(kind="llama3", theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32),
+    ),
+    "absent": ({}, {"rope_parameters": None}, Rope(kind="default", theta=10000.0)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ROPE_FORMS)
+def test_both_ways_of_writing_a_config_give_one_architecture(family: str, form: str) -> None:
+    four, five, rope = ROPE_FORMS[form]
+    older = architecture_of(family, torch_dtype="bfloat16", **four)
+    newer = architecture_of(family, dtype="bfloat16", **five)
+    assert older == newer
+    assert older.rope == rope
+
+
+@pytest.mark.parametrize(("family", "config_class"), [("qwen2", Qwen2Config), ("qwen3", Qwen3Config), ("llama", LlamaConfig)])
+def test_fields_are_what_transformers_understands(family: str, config_class: Any) -> None:
+    """transformers' own objects are the reference; what it writes itself is read back as it is."""
+    written = config_class(**{**SIZES, "tie_word_embeddings": True, "architectures": [FAMILIES[family]]})
+    architecture = parse_architecture(json.loads(written.to_json_string()), "config.json")
+    assert architecture.family == family
+    assert (architecture.qkv_bias, architecture.qk_norm) == (family == "qwen2", family == "qwen3")
+    assert (architecture.num_layers, architecture.hidden_size, architecture.ffn_hidden_size) == (2, 64, 96)
+    assert (architecture.num_heads, architecture.num_kv_heads) == (8, 4)
+    assert architecture.head_dim == getattr(written, "head_dim", 64 // 8)
+    assert (architecture.vocab_size, architecture.max_positions, architecture.tied) == (263, 256, True)
+    assert (architecture.norm_eps, architecture.init_std) == (1e-6, written.initializer_range)
+
+
+def test_fields_that_may_be_absent_take_the_familys_defaults() -> None:
+    assert architecture_of("llama", num_key_value_heads=...).num_kv_heads == 8
+    assert architecture_of("llama", head_dim=None).head_dim == 8
+    # transformers' Qwen3Config has 128 whatever the hidden size.
+    assert architecture_of("qwen3", head_dim=...).head_dim == Qwen3Config().head_dim == 128
+    assert architecture_of("qwen3", head_dim=24).head_dim == 24
+    assert not architecture_of("llama").tied
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "other architecture": ("llama", {"architectures": ["GPT2LMHeadModel"]}, ["'GPT2LMHeadModel' is not supported", *FAMILIES.values()]),
+    "mixture of experts": ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, ["'Qwen3MoeForCausalLM' is not supported"]),
+    "no architecture": ("llama", {"architectures": ...}, ["architecture None is not supported"]),
+    "empty architectures": ("llama", {"architectures": []}, ["architecture None is not supported"]),
+    "rope type": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type='yarn'", "'default', 'linear' and 'llama3'"]),
+    "old rope type": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["rope_type='dynamic'"]),
+    "linear without factor": ("llama", {"rope_scaling": {"type": "linear"}}, ["rope_type='linear' needs factor"]),
+    "llama3 without its fields": ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["needs low_freq_factor, high_freq_factor, original_"]),
+    "partial rotary": ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+    "partial rotary, new": ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
+    "activation": ("llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
+    "attention bias of llama": ("llama", {"attention_bias": True}, ["attention_bias=True", "only false"]),
+    "attention bias of qwen3": ("qwen3", {"attention_bias": True}, ["attention_bias=True", "only false"]),
+    "mlp bias": ("llama", {"mlp_bias": True}, ["mlp_bias=True", "only false"]),
+    "sliding window": ("qwen2", {"use_sliding_window": True}, ["use_sliding_window=True", "only false"]),
+    "layer types": ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types=", "'full_attention' in every layer"]),
+    "quantization": ("llama", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config=", "'fp8'", "only unquantized"]),
+    "head groups": ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads=3", "divisor of num_attention_heads=8"]),
+    **{
+        f"no {field}": ("llama", {field: ...}, [f"{field}=None is missing or not an integer"])
+        for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    },
+    "text for a number": ("llama", {"hidden_size": "64"}, ["hidden_size='64' is missing or not an integer"]),
+    "fraction for a number": ("llama", {"vocab_size": 263.5}, ["vocab_size=263.5 is missing or not an integer"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_expressed_is_refused_with_file_and_field(name: str) -> None:
+    family, changes, parts = REFUSED[name]
+    message = refusal(parse_architecture, config_of(family, **changes), "folder/config.json")
+    assert message.startswith("folder/config.json: ")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0},
+        {"hidden_size": True},
+        {"num_key_value_heads": "4"},
+        {"head_dim": "8"},
+        {"max_position_embeddings": None},
+        {"rms_norm_eps": None},
+        {"rope_scaling": "linear"},
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused_with_the_file(changes: dict[str, Any]) -> None:
+    message = refusal(parse_architecture, config_of("llama", **changes), "folder/config.json")
+    assert message.startswith("folder/config.json: ")
+    assert next(iter(changes)) in message
+
+
+def test_harmless_fields_of_published_configs_are_no_obstacle() -> None:
+    changes = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 2, "quantization_config": None, "mlp_bias": False}
+    assert architecture_of("qwen2", layer_types=["full_attention"] * 2, **changes) == architecture_of("qwen2")
+    assert architecture_of("llama", attention_bias=False, pretraining_tp=1) == architecture_of("llama")
+
+
+@pytest.mark.parametrize(
+    ("axis", "size", "parts"),
+    [
+        ("tensor", 8, ["4 key-value heads", "[1, 2, 4]"]),
+        ("tensor", 3, ["8 attention heads", "[1, 2, 4, 8]"]),
+        ("pipeline", 3, ["2 layers", "[1, 2]"]),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(axis: str, size: int, parts: list[str]) -> None:
+    sizes = {"tensor": 1, "pipeline": 1, axis: size}
+    with pytest.raises(ValueError) as caught:
+        architecture_of().check_layout("teacher", **sizes)
+    assert f"teacher.layout.{axis}={size} does not divide the teacher's {parts[0]}; use one of {parts[1]}" in str(caught.value)
+
+
+def test_feed_forward_columns_must_divide_too() -> None:
+    with pytest.raises(ValueError, match="90 feed-forward columns"):
+        architecture_of(intermediate_size=90).check_layout("student", tensor=4, pipeline=1)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 3, 4])
+@pytest.mark.parametrize("multiple", [1, 8, 128])
+def test_the_padded_vocabulary_is_the_smallest_that_divides(tensor: int, multiple: int) -> None:
+    naive = next(size for size in range(263, 10_000) if size % (tensor * multiple) == 0)
+    assert architecture_of().padded_vocab_size(tensor, multiple) == naive
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_frequencies_are_those_of_transformers(kind: str, theta: float, head_dim: int) -> None:
+    # Trained for 512 positions, some frequencies of every case lie in each of Llama 3's three bands.
+    scaling: dict[str, Any] = {"default": {}, "linear": {"factor": 4.0}, "llama3": {**LLAMA3, "original_max_position_embeddings": 512}}[kind]
+    parameters = {"rope_type": kind, "rope_theta": theta, **scaling}
+    config = LlamaConfig(**{**SIZES, "head_dim": head_dim, "rope_parameters": parameters})
+    # What transformers' model itself computes, by the entry of ROPE_INIT_FUNCTIONS where the kind is scaled.
+    reference = LlamaRotaryEmbedding(config)
+    assert reference.attention_scaling == 1.0
+    ours = inverse_frequencies(architecture_of(head_dim=head_dim, rope_parameters=parameters).rope, head_dim)
+    assert ours.dtype == torch.float32
+    # The same operations in the same precision: equal to the last bit.
+    assert torch.equal(ours, reference.inv_freq)
