@@ -181,8 +181,14 @@ def _rank() -> int:
 
 def _world_size() -> int | None:
     """Return the size of the job this process is part of; None outside of one, where the recipe's own size is checked."""
-    size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
-    return int(size) if size else None
+    name = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_NTASKS"
+    size = os.environ.get(name, "")
+    if not size:
+        return None
+    if not size.isdecimal():
+        raise ValueError(f"environment variable {name}={size!r} is not a number of ranks")
+    # An allocation of one task is no job of ranks.
+    return int(size) if name == "WORLD_SIZE" or int(size) > 1 else None
 
 
 if __name__ == "__main__":

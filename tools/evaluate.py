@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import opd_megatron
@@ -24,9 +26,10 @@ def main() -> int:
     from opd_megatron.parallel.world import join_world, leave_world
 
     try:
-        data = apply_overrides(DataConfig(prompts=arguments.data, max_prompt_tokens=arguments.max_prompt_tokens), arguments.overrides)
+        data = apply_overrides(DataConfig(prompts=arguments.data), arguments.overrides)
         if bool(arguments.hf) == bool(arguments.checkpoint):
             raise ValueError("name the model once: --hf or --checkpoint")
+        _check_numbers(arguments)
         if arguments.samples > 1 and arguments.temperature == 0:
             raise ValueError(f"--samples {arguments.samples} greedy samples would all be equal; set --temperature")
         join_world()
@@ -66,6 +69,8 @@ def _evaluate(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Any]
         source = open_weights(hf=arguments.hf, checkpoint=arguments.checkpoint)
         source.architecture.check_layout("model", tensor=layout.tensor, pipeline=layout.pipeline)
         tokenizer = load_tokenizer(source.assets)
+        prompt_tokens, response_tokens = _budgets(arguments, source.architecture.max_positions)
+        data = replace(data, max_prompt_tokens=prompt_tokens)
         prompts = load_prompts(data, tokenizer, part=arguments.part, limit=arguments.prompts).prompts
         grader = make_grader(data)
         check_gradable(prompts, data)
@@ -76,8 +81,26 @@ def _evaluate(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Any]
         load_model(model, groups, source, vocab_multiple=1)
     eos_ids = {tokenizer.eos_token_id, *stop_token_ids(source.assets)}
     sampler = Sampler(model, groups, vocab_size=source.architecture.vocab_size, eos_ids=sorted(eos_ids), batch_sequences=arguments.batch_sequences)
-    settings = SamplingSettings(max_response_tokens=arguments.max_response_tokens, temperature=arguments.temperature)
+    settings = SamplingSettings(max_response_tokens=response_tokens, temperature=arguments.temperature)
     return evaluate(sampler, groups, prompts, tokenizer, grader, settings, samples_per_prompt=arguments.samples, seed=arguments.seed)
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name in ("samples", "prompts", "max_prompt_tokens", "max_response_tokens", "batch_sequences", "tensor", "pipeline"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ValueError(f"--temperature {arguments.temperature} must be 0, for greedy, or positive")
+
+
+def _budgets(arguments: argparse.Namespace, positions: int) -> tuple[int, int]:
+    """Return the longest prompt and response, by default together what the model's positions hold; ValueError if they exceed them."""
+    response = arguments.max_response_tokens or min(1024, positions // 2)
+    prompt = arguments.max_prompt_tokens or max(1, positions - response)
+    if prompt + response > positions:
+        raise ValueError(f"--max-prompt-tokens + --max-response-tokens = {prompt + response} exceed the model's {positions} positions; lower one of them")
+    return prompt, response
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -89,8 +112,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="the first N prompts only")
     parser.add_argument("--samples", type=int, default=1, help="samples per prompt, for pass@k")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--max-prompt-tokens", type=int, default=1024)
-    parser.add_argument("--max-response-tokens", type=int, default=1024)
+    parser.add_argument("--max-prompt-tokens", type=int, help="longer prompts are dropped; default: what the response leaves of the model's positions")
+    parser.add_argument("--max-response-tokens", type=int, help="default: half of the model's positions, at most 1024")
     parser.add_argument("--batch-sequences", type=int, default=256)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         out = write_report(options.run_dirs, options.out or options.run_dirs[0] / "report.html")
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"report: {out}")
     print(f"summary: {out.parent / 'plots' / 'summary.png'}")

@@ -70,7 +70,9 @@ def _check_key(config: Any, key: str) -> None:
         hints = {field.name: annotation for field, annotation in _fields(cls)} if cls else {}
         if name not in hints:
             known = all_keys(config)
-            close = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or difflib.get_close_matches(names[-1], [k.rsplit(".", 1)[-1] for k in known], n=3)
+            # The same word in another section is a better guess than another word in the same section.
+            by_word = difflib.get_close_matches(names[-1], {k.rsplit(".", 1)[-1] for k in known}, n=2, cutoff=0.75)
+            close = [k for k in known if k.rsplit(".", 1)[-1] in by_word] or difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise ValueError(f"unknown key {key!r}{hint}")
         if typing.get_origin(hints[name]) is Mapping and position == len(names) - 2:

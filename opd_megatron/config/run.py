@@ -275,6 +275,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
+        _require(abs(self.seed) < 2**63, f"seed={self.seed} must fit into 64 bits")
         if self.training.objective == "opd":
             _require(
                 self.teacher is not None,

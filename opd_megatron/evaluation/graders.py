@@ -27,11 +27,9 @@ def make_grader(data: DataConfig) -> Grader:
     grader fail scores 0, and the first such failure is logged. ValueError if the grader does not fit the source or is not installed; the
     returned function raises it for a prompt without a reference answer.
     """
-    kind = data.grader
-    if kind == "auto":
-        kind = "reasoning_gym" if is_reasoning_task(data.prompts) else "math_verify" if _has_math_verify() else "exact"
-        if kind == "exact":
-            logger.warning("math-verify is not installed: answers must match exactly, so 1/2 and 0.5 differ; pip install opd-megatron[demo]")
+    kind = _kind(data)
+    if kind == "exact" and data.grader == "auto":
+        logger.warning("math-verify is not installed: answers must match exactly, so 1/2 and 0.5 differ; pip install opd-megatron[demo]")
     if kind == "reasoning_gym":
         return _guarded(_reasoning_score(data), data)
     if kind == "math_verify" and not _has_math_verify():
@@ -41,12 +39,20 @@ def make_grader(data: DataConfig) -> Grader:
 
 def check_gradable(prompts: Iterable[Prompt], data: DataConfig) -> None:
     """Raise ValueError for the first prompt without what its grader needs: the time to learn it is before training."""
+    by_entry = _kind(data) == "reasoning_gym"
     for prompt in prompts:
-        if prompt.answer is None and prompt.entry is None:
+        if (prompt.entry if by_entry else prompt.answer) is None:
             raise ValueError(
                 f"prompt {prompt.index} of data.prompts={data.prompts!r} has no reference answer under data.answer_key={data.answer_key!r}, so it cannot be "
                 "graded; set data.answer_key, or evaluation.prompts=0 for no evaluation"
             )
+
+
+def _kind(data: DataConfig) -> str:
+    """Return the grader that `auto` stands for, or the one that is named."""
+    if data.grader != "auto":
+        return data.grader
+    return "reasoning_gym" if is_reasoning_task(data.prompts) else "math_verify" if _has_math_verify() else "exact"
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -98,6 +98,9 @@ def _report(rank: int, code: int, cause_file: Path) -> int:
     """Print the cause as the last line, unless the rank said it itself (mistakes and stops), and return the exit code."""
     if code in _TOLD_BY_THE_RANK:
         return code
+    if code == 128 + signal.SIGINT:
+        print("error: interrupted by a second Ctrl-C; the last checkpoint stays", file=sys.stderr, flush=True)
+        return code
     if code < 0:
         print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
         return 128 - code

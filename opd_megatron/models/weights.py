@@ -174,6 +174,9 @@ def _write_tensors(source: WeightSource, folder: Path, dtype: torch.dtype | None
     names: dict[str, int] = {}
     for row in weight_map(source.architecture):
         tensor = source.read(row)
+        if not tensor.isfinite().all():
+            damaged = int((~tensor.isfinite()).sum())
+            raise ValueError(f"{row.megatron} holds {damaged} values that are not finite: the weights are damaged, nothing was exported")
         for name, part in to_hf(row, tensor if dtype is None else tensor.to(dtype), source.architecture).items():
             size = part.numel() * part.element_size()
             if sizes[-1] and sizes[-1] + size > _MAX_SHARD_BYTES:

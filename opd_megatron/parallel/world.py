@@ -34,11 +34,11 @@ def join_world() -> torch.device:
     """Initialize torch.distributed (NCCL with CUDA, gloo without) and return this rank's device."""
     rank, world_size, local_rank = rank_environment()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and world_size > 1:
+        raise ValueError(f"{' and '.join(missing)} not set for a world of {world_size} ranks; start with torchrun, or export them: the first node, a free port")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        if world_size > 1:
-            raise ValueError(f"MASTER_PORT is not set for a world of {world_size} ranks; start with torchrun, or export MASTER_ADDR and MASTER_PORT")
-        os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if enable_cpu_backend():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)

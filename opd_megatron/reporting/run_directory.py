@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -29,6 +30,9 @@ class RunDirectory:
         self.rollouts = self.path / "rollouts"
         self.tensorboard = self.path / "tensorboard"
         self._lock: int | None = None
+        # What `open` found: the last status of a run that is continued, None in a new folder, and the size of its metrics.
+        self._status_before: Status | None = None
+        self._metrics_before = 0
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -44,6 +48,7 @@ class RunDirectory:
         description = json.dumps({"recipe": recipe, "config": config}, indent=2) + "\n"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            run._status_before, run._metrics_before = run.read_status(), run._metrics_bytes()
             if run.config_path.exists():
                 run._refuse_another_run(json.loads(description), may_change)
             run._take_lock()
@@ -57,6 +62,28 @@ class RunDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _metrics_bytes(self) -> int:
+        return self.metrics_path.stat().st_size if self.metrics_path.is_file() else 0
+
+    def rollout_file(self, step: int) -> Path:
+        """Return where the samples of one step are recorded."""
+        return self.rollouts / f"step_{step}.jsonl"
+
+    def step_back(self) -> bool:
+        """Undo `open` after a mistake that was found before a step was done, so that it can be corrected; return False after a step.
+
+        A new folder loses what describes the mistaken run; one that is continued gets its last status again.
+        """
+        if self._metrics_bytes() != self._metrics_before:
+            return False
+        if self._status_before is not None:
+            self.write_status("crashed" if self._status_before == "running" else self._status_before)
+            return True
+        for file in (self.config_path, self.status_path, self.metrics_path, self.evals_path):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
+        return True
 
     def _take_lock(self) -> None:
         """Hold the folder against a second job that would write into the same files."""

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from opd_megatron.models.hf_folder import copy_assets
 from opd_megatron.models.weights import ASSETS_FOLDER, DAMAGE, CheckpointWeights, damage_in
 from opd_megatron.parallel.world import shared_errors
-from opd_megatron.training.optimizer import prime_adam, unshare_adam_step
+from opd_megatron.training.optimizer import has_finite_state, prime_adam, unshare_adam_step
 from opd_megatron.training.student import Student
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,9 @@ class CheckpointFolder:
         student.model.load_state_dict(state["model"], strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
         unshare_adam_step(student.optimizer)
+        with shared_errors():
+            if not (has_finite_state(student.optimizer) and all(bool(parameter.isfinite().all()) for parameter in student.model.parameters())):
+                raise ValueError(f"{checkpoint} is damaged: weights or moments in it are not finite; {self._way_out(checkpoint)}")
         student.scheduler.step(increment=progress.step)
         return progress
 
@@ -113,6 +116,8 @@ class CheckpointFolder:
         try:
             found = CheckpointWeights(checkpoint).architecture
             progress = Progress(**json.loads((checkpoint / _PROGRESS_FILE).read_text()))
+            if [type(value) for value in asdict(progress).values()] != [type(value) for value in asdict(Progress()).values()]:
+                raise TypeError(f"{progress} has fields of the wrong type")
         except FileNotFoundError as error:
             raise ValueError(f"{checkpoint} is damaged: {error.filename} is missing; {self._way_out(checkpoint)}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:

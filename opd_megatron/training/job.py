@@ -57,6 +57,10 @@ def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.de
     directory = _open_directory(recipe, config, run_dir)
     try:
         status = _train(config, sources, directory, device, stop)
+    except ValueError:
+        if dist.get_rank() == 0 and not directory.step_back():
+            directory.write_status("crashed")
+        raise
     except BaseException:
         _write_status(directory, "crashed")
         raise
@@ -89,6 +93,8 @@ def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device:
         if progress.data_fingerprint != sources.prompts.fingerprint:
             raise ValueError(f"{config.data.prompts} is not the data this run began with (hash {progress.data_fingerprint}, now {sources.prompts.fingerprint})")
         _note(f"resumed from {latest}")
+        if progress.step >= config.training.steps:
+            _note(f"nothing to train: {progress.step} steps are done, training.steps={config.training.steps}")
     recorder = Recorder(directory, first_step=progress.step + 1, total_steps=config.training.steps)
     try:
         evaluator = Evaluator(config, sources, parts, recorder)
@@ -99,7 +105,8 @@ def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device:
     if status == "finished":
         _export(checkpoints, directory)
     else:
-        _note(f"stopped on request after step {trainer.progress.step}, which is saved; start the same command again to go on")
+        done = trainer.progress.step
+        _note(f"stopped on request {f'after step {done}, which is saved' if done else 'before the first step'}; start the same command again to go on")
     return status
 
 

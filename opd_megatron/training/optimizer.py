@@ -86,6 +86,12 @@ def unshare_adam_step(optimizer: ChainedOptimizer) -> None:
             state["step"] = state["step"].clone()
 
 
+def has_finite_state(optimizer: ChainedOptimizer) -> bool:
+    """Return whether every master weight and moment of this rank is a finite number; where Adam is not PyTorch's, nothing is known to be wrong."""
+    values = [value for state, parameter in _adam_states(optimizer) for value in (parameter.detach(), *state.values())]
+    return all(bool(value.isfinite().all()) for value in values if isinstance(value, torch.Tensor))
+
+
 def _adam_states(optimizer: ChainedOptimizer) -> list[tuple[dict[str, Any], torch.nn.Parameter]]:
     inner = [part.optimizer for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]
     return [(adam.state[parameter], parameter) for adam in inner for group in adam.param_groups for parameter in group["params"]]

@@ -10,6 +10,7 @@ from opd_megatron.config import ParallelLayout, RunConfig
 from opd_megatron.data.sources import check_source
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
+from opd_megatron.reporting.run_directory import RunDirectory
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -18,8 +19,12 @@ def check_run(config: RunConfig, world_size: int) -> None:
     check_source(config.data.prompts)
     if isinstance(config.evaluation.prompts, str):
         check_source(config.evaluation.prompts, "evaluation.prompts")
+    if config.rollout.replay:
+        _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _check_model("student", config.student.hf, config.student.checkpoint, config.student.layout)
     _check_length(config, "student", student)
+    if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
+        raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
     if config.teacher is None or config.training.objective != "opd":
         return
     _check_length(config, "teacher", _check_model("teacher", config.teacher.hf, config.teacher.checkpoint, config.teacher.layout))
@@ -32,6 +37,13 @@ def _check_length(config: RunConfig, role: str, architecture: Architecture) -> N
     longest = config.data.max_prompt_tokens + budgets[key]
     if longest > architecture.max_positions:
         raise ValueError(f"data.max_prompt_tokens + {key} = {longest} exceeds the {role}'s {architecture.max_positions} positions; lower one of them")
+
+
+def _check_replay(run: RunDirectory, steps: int) -> None:
+    for step in range(1, steps + 1):
+        file = run.rollout_file(step)
+        if not file.is_file():
+            raise ValueError(f"rollout.replay={str(run.path)!r} has no record of step {step}: {file} is missing; record with rollout.record=true")
 
 
 def _assets(hf: str | None, checkpoint: str | None) -> Path:

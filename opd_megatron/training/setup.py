@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_megatron.config import RunConfig, TeacherConfig
+from opd_megatron.config import DataConfig, RunConfig, TeacherConfig
 from opd_megatron.data.prompts import Prompt, PromptSet, load_prompts, with_targets
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer
 from opd_megatron.evaluation.graders import check_gradable, make_grader
@@ -66,12 +66,13 @@ def open_sources(config: RunConfig) -> Sources:
             vocab_size = min(vocab_size, teacher.architecture.vocab_size)
         if vocab_size < len(tokenizer):
             raise ValueError(f"the tokenizer of {student.assets} has {len(tokenizer)} tokens, more than the model's vocabulary of {vocab_size}")
-        prompts, evaluation_prompts = _load_data(config, tokenizer)
+        evaluation_data = _evaluation_data(config)
+        prompts, evaluation_prompts = _load_data(config, evaluation_data, tokenizer)
         if config.training.objective == "sft":
             prompts = with_targets(prompts, tokenizer, max_tokens=student.architecture.max_positions)
-        grader = make_grader(config.data)
+        grader = make_grader(evaluation_data)
         if evaluation_prompts is not None:
-            check_gradable(evaluation_prompts.prompts, config.data)
+            check_gradable(evaluation_prompts.prompts, evaluation_data)
     return Sources(
         student=student,
         teacher=teacher,
@@ -137,12 +138,17 @@ def _make_objective(config: RunConfig, student: Student, teacher: Teacher | None
     return Distillation(loss=config.loss, vocab_size=vocab_size, tp_group=tp_group, teacher_head_WG=teacher.head_WG, recompute_logp=knows_drift)
 
 
-def _load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet | None]:
+def _evaluation_data(config: RunConfig) -> DataConfig:
+    """Return where held-out prompts come from: it decides how they are graded as well."""
+    wanted = config.evaluation.prompts
+    return replace(config.data, prompts=wanted) if isinstance(wanted, str) else config.data
+
+
+def _load_data(config: RunConfig, evaluation_data: DataConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet | None]:
     """Return training and held-out prompts. An evaluation source of its own leaves the training source whole."""
     wanted = config.evaluation.prompts
     if isinstance(wanted, str):
-        data = replace(config.data, prompts=wanted)
-        return load_prompts(config.data, tokenizer, part="all"), load_prompts(data, tokenizer, part="all")
+        return load_prompts(config.data, tokenizer, part="all"), load_prompts(evaluation_data, tokenizer, part="all")
     if wanted == 0:
         return load_prompts(config.data, tokenizer, part="all"), None
     return load_prompts(config.data, tokenizer, part="train"), load_prompts(config.data, tokenizer, part="evaluation", limit=wanted)
@@ -152,4 +158,4 @@ def describe_data(sources: Sources) -> str:
     """Return one line on what was read and dropped, for the log of rank 0."""
     held_out = len(sources.evaluation_prompts) if sources.evaluation_prompts is not None else 0
     dropped = f", {sources.prompts.num_dropped_long} dropped as too long" if sources.prompts.num_dropped_long else ""
-    return f"data: {len(sources.prompts):,} training prompts{dropped}, {held_out:,} held out; {dist.get_world_size()} ranks"
+    return f"data: {len(sources.prompts):,} training prompts{dropped}, {held_out:,} held out; world size {dist.get_world_size()}"

@@ -54,8 +54,10 @@ class Trainer:
         """Train to the last step, or to the step boundary at which a stop was asked for. Either way a checkpoint is left."""
         last_step = self.config.training.steps
         if self.progress.step == 0:
-            self.evaluator.measure_teacher()
-            self.evaluator.measure_student(step=0)
+            # An evaluation may outlast the time that a scheduler grants after its signal.
+            for measure in (self.evaluator.measure_teacher, lambda: self.evaluator.measure_student(step=0)):
+                if not self.stop.agreed():
+                    measure()
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()

@@ -15,6 +15,7 @@ from opd_megatron.data.batches import Sample
 from opd_megatron.data.prompts import Prompt, response_ids
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import shared_errors
+from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
@@ -45,7 +46,7 @@ class OnPolicy:
             policy_version=step - 1,
         )
         if self.record_to is not None and dist.get_rank() == 0:
-            record_rollouts(rollouts, _record(self.record_to, step))
+            record_rollouts(rollouts, RunDirectory(self.record_to).rollout_file(step))
         return rollouts
 
 
@@ -58,7 +59,7 @@ class Replayed:
 
     def __call__(self, step: int, prompts: list[Prompt]) -> Rollouts:
         with shared_errors():
-            rollouts = replay_rollouts(_record(self.run, step))
+            rollouts = replay_rollouts(RunDirectory(self.run).rollout_file(step))
             if len(rollouts.samples) != self.num_sequences:
                 raise ValueError(f"{self.run} recorded {len(rollouts.samples)} samples for step {step}, this run takes {self.num_sequences}")
         return rollouts
@@ -90,7 +91,3 @@ def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: Mode
         seed=config.seed,
         record_to=run_dir if rollout.record else None,
     )
-
-
-def _record(run: Path, step: int) -> Path:
-    return run / "rollouts" / f"step_{step}.jsonl"

@@ -158,6 +158,9 @@ MISTAKES = {
     "truncated shard": (["student.hf={truncated}"], "download it again"),
     "missing shard": (["student.hf={missing}"], "is missing"),
     "in use": ([], "another job is running"),
+    "no such record": (["rollout.replay=/nowhere"], "has no record of step 1"),
+    "other data recorded": (["rollout.replay={cut}", "training.steps=1"], "is not a recorded rollout"),
+    "more than the vocabulary": (["loss.kind=topk_tail_forward", "loss.top_k=1000"], "exceeds the student's vocabulary"),
 }
 
 
@@ -174,7 +177,10 @@ def broken(models: Path) -> dict[str, str]:
     vocab = tokenizer["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return {"empty": str(empty), "truncated": str(truncated), "missing": str(missing), "other": str(other)}
+    cut = models / "cut"
+    (cut / "rollouts").mkdir(parents=True)
+    (cut / "rollouts" / "step_1.jsonl").write_text('{"prompt_index": 0, "prom')
+    return {"empty": str(empty), "truncated": str(truncated), "missing": str(missing), "other": str(other), "cut": str(cut)}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -255,11 +261,22 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-DAMAGES = {
+def _overwrite(step: Path) -> None:
+    """Put NaN over a part of the weights of one rank, which no reader of files can notice."""
+    for file in step.glob("*.distcp"):
+        data = bytearray(file.read_bytes())
+        middle = len(data) // 2 // 4 * 4
+        data[middle : middle + 4096] = b"\xff" * 4096
+        file.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "weights cut": lambda step: _cut(max(step.glob("*.distcp"), key=lambda file: file.stat().st_size)),
     "weights missing": lambda step: next(step.glob("*.distcp")).unlink(),
     "index cut": lambda step: _cut(step / ".metadata"),
     "progress cut": lambda step: _cut(step / "progress.json"),
+    "progress of another kind": lambda step: (step / "progress.json").write_text('{"step": "two"}'),
+    "weights not finite": _overwrite,
     "progress missing": lambda step: (step / "progress.json").unlink(),
     "plain values missing": lambda step: (step / "common.pt").unlink(),
     "plain values cut": lambda step: _cut(step / "common.pt"),

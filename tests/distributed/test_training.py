@@ -30,6 +30,8 @@ from opd_megatron.training.job import run_in_world
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
+ASSETS = Path(__file__).parents[2] / "recipes" / "assets"
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -170,6 +172,22 @@ def _stop_after(config: RunConfig, run: Path, steps: int) -> str:
         return run_in_world("test", config, run, torch.device("cpu"))
     finally:
         Trainer.step = original  # type: ignore[method-assign]
+
+
+def test_held_out_prompts_are_graded_as_their_own_source_asks(pool: RankPool, tmp_path: Path) -> None:
+    # Training prompts of a task with a grader of its own, held-out prompts from a file.
+    rows = [{"prompt": f"Spell this word backward (example: sun -> nus): {word}", "answer": word[::-1]} for word in ("poil", "coact", "tree", "solio")]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    config = RunConfig(
+        student=StudentConfig(hf=str(ASSETS / "tiny_student"), vocab_multiple=1),
+        data=DataConfig(prompts="reasoning_gym:spell_backward", task_size=50, batch_prompts=8),
+        rollout=RolloutConfig(max_response_tokens=12),
+        training=TrainingConfig(objective="sft", steps=1, micro_batch=8, learning_rate=1e-6, precision="fp32"),
+        evaluation=EvaluationConfig(prompts=str(tmp_path / "test.jsonl")),
+    )
+    pool.run(_job, config, tmp_path / "run", world_size=1)
+    for line in (tmp_path / "run" / "evals.jsonl").read_text().splitlines():
+        assert json.loads(line)["accuracy"] >= 0.75
 
 
 def test_a_run_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path: Path) -> None:

@@ -260,6 +260,7 @@ BAD_VALUES = [
     ("training.min_learning_rate=1", "training.min_learning_rate=1.0 must lie between 0 and learning_rate=1e-06"),
     ("training.warmup_steps=-1", "training.warmup_steps=-1 must not be negative"),
     ("training.clip_grad=-1", "training.clip_grad=-1.0 must not be negative; 0 turns clipping off"),
+    ("seed=99999999999999999999999", "seed=99999999999999999999999 must fit into 64 bits"),
     ("training.max_skipped_steps=0", "training.max_skipped_steps=0 must be at least 1"),
     ("checkpoint.every_steps=-1", "checkpoint.every_steps=-1 must not be negative"),
     ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1"),

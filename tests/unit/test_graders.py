@@ -5,6 +5,7 @@ Not covered: every reasoning-gym task's own grader, and math_verify's judgement 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -108,7 +109,8 @@ def test_a_reasoning_task_grades_with_its_own_score():
 def test_a_failing_grader_counts_zero_and_is_logged_once(caplog):
     pytest.importorskip("reasoning_gym", reason="needs the demo extra: reasoning-gym")
     grade = make_grader(TASK)
-    assert [grade(prompt("abc"), "abc") for _ in range(3)] == [0, 0, 0]
+    broken = dataclasses.replace(prompt("abc"), entry="not what the task made")
+    assert [grade(broken, "abc") for _ in range(3)] == [0, 0, 0]
     assert caplog.text.count("grading prompt 7 failed and counts 0") == 1
 
 
@@ -117,6 +119,11 @@ def test_a_prompt_without_an_answer_cannot_be_graded():
         with pytest.raises(ValueError, match=r"prompt 7 .* no reference answer under data.answer_key='answer'"):
             refuse()
     check_gradable([prompt("a")], FILE)
+
+
+def test_a_task_grades_by_its_entry_and_nothing_else():
+    with pytest.raises(ValueError, match="cannot be graded"):
+        check_gradable([prompt("a")], TASK)
 
 
 def test_a_grader_that_does_not_fit_the_source_is_refused():

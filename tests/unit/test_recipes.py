@@ -105,7 +105,7 @@ def test_the_list_has_one_line_for_every_recipe() -> None:
 
 
 def test_check_prints_the_configuration_with_overrides_applied(command) -> None:
-    words = ["training.steps=7", "student.layout.pipeline=1", "data.task_options.max_word_len=5", "rollout.replay=runs/other"]
+    words = ["training.steps=7", "student.layout.pipeline=1", "data.task_options.max_word_len=5", "rollout.record=true"]
     code, out, _ = command("quickstart", "--check", *words)
     assert code == 0
     assert json.loads(out) == apply_overrides(quickstart(), words).to_json()
@@ -182,8 +182,12 @@ def test_a_mistake_ends_the_process_with_2_and_no_traceback(name: str) -> None:
 
 
 def test_the_size_of_the_job_is_checked_rather_than_the_recipes(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
+    for variable in ("SLURM_NTASKS", "WORLD_SIZE"):
         monkeypatch.setenv(variable, "6")
+        if variable == "WORLD_SIZE":
+            # Without a rank of its own this process is nobody's job, whatever the environment it was started from says.
+            assert command("quickstart", "--check")[0] == 0
+            monkeypatch.setenv("RANK", "0")
         assert command("quickstart", "--check")[0] == 2
         monkeypatch.setenv(variable, "8")
         assert command("quickstart", "--check", "training.micro_batch=32")[0] == 0

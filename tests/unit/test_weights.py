@@ -111,6 +111,16 @@ def test_an_export_refuses_to_overwrite_unless_told(folder: Path, tmp_path: Path
     assert not (out / "precious.txt").exists()
 
 
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
+    broken = write_tiny_model(tmp_path / "broken", num_hidden_layers=1)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"mlp\.linear_fc2\.weight holds 1 values that are not finite"):
+        export_hf(open_weights(hf=str(broken)), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_an_export_that_breaks_off_leaves_no_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def disk_full(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
