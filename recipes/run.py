@@ -181,7 +181,7 @@ def _rank() -> int:
 
 def _world_size() -> int | None:
     """Return the size of the job this process is part of; None outside of one, where the recipe's own size is checked."""
-    name = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_NTASKS"
+    name = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_NTASKS" if "SLURM_PROCID" in os.environ else ""
     size = os.environ.get(name, "")
     if not size:
         return None

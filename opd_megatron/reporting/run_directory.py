@@ -30,7 +30,8 @@ class RunDirectory:
         self.rollouts = self.path / "rollouts"
         self.tensorboard = self.path / "tensorboard"
         self._lock: int | None = None
-        # What `open` found: the last status of a run that is continued, None in a new folder, and the size of its metrics.
+        # What `open` found: whether the folder held a run, its last status, and the size of its metrics.
+        self._held_a_run = True
         self._status_before: Status | None = None
         self._metrics_before = 0
 
@@ -48,7 +49,7 @@ class RunDirectory:
         description = json.dumps({"recipe": recipe, "config": config}, indent=2) + "\n"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            run._status_before, run._metrics_before = run.read_status(), run._metrics_bytes()
+            run._held_a_run, run._status_before, run._metrics_before = run.config_path.exists(), run.read_status(), run._metrics_bytes()
             if run.config_path.exists():
                 run._refuse_another_run(json.loads(description), may_change)
             run._take_lock()
@@ -77,8 +78,8 @@ class RunDirectory:
         """
         if self._metrics_bytes() != self._metrics_before:
             return False
-        if self._status_before is not None:
-            self.write_status("crashed" if self._status_before == "running" else self._status_before)
+        if self._held_a_run:
+            self.write_status("crashed" if self._status_before in (None, "running") else self._status_before)
             return True
         for file in (self.config_path, self.status_path, self.metrics_path, self.evals_path):
             file.unlink(missing_ok=True)

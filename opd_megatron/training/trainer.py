@@ -55,9 +55,10 @@ class Trainer:
         last_step = self.config.training.steps
         if self.progress.step == 0:
             # An evaluation may outlast the time that a scheduler grants after its signal.
-            for measure in (self.evaluator.measure_teacher, lambda: self.evaluator.measure_student(step=0)):
-                if not self.stop.agreed():
-                    measure()
+            if not self.stop.agreed():
+                self.evaluator.measure_teacher()
+            if not self.stop.agreed():
+                self.evaluator.measure_student(step=0)
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()

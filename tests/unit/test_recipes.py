@@ -182,12 +182,11 @@ def test_a_mistake_ends_the_process_with_2_and_no_traceback(name: str) -> None:
 
 
 def test_the_size_of_the_job_is_checked_rather_than_the_recipes(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("SLURM_NTASKS", "WORLD_SIZE"):
+    for variable, rank in (("SLURM_NTASKS", "SLURM_PROCID"), ("WORLD_SIZE", "RANK")):
         monkeypatch.setenv(variable, "6")
-        if variable == "WORLD_SIZE":
-            # Without a rank of its own this process is nobody's job, whatever the environment it was started from says.
-            assert command("quickstart", "--check")[0] == 0
-            monkeypatch.setenv("RANK", "0")
+        # Without a rank of its own this process is nobody's job, whatever the environment it was started from says.
+        assert command("quickstart", "--check")[0] == 0
+        monkeypatch.setenv(rank, "0")
         assert command("quickstart", "--check")[0] == 2
         monkeypatch.setenv(variable, "8")
         assert command("quickstart", "--check", "training.micro_batch=32")[0] == 0

@@ -112,6 +112,31 @@ def test_a_key_that_may_change_is_taken_over(tmp_path):
     assert open_run(tmp_path, longer).read_description()["config"] == longer
 
 
+def test_a_mistake_before_the_first_step_leaves_a_new_folder_open_for_its_correction(tmp_path):
+    run = open_run(tmp_path)
+    run.write_status("running")
+    assert run.step_back()
+    run.unlock()
+    assert list(tmp_path.iterdir()) == []
+    open_run(tmp_path, {**CONFIG, "seed": 2})
+
+
+@pytest.mark.parametrize(("before", "after"), [("finished", "finished"), ("interrupted", "interrupted"), ("running", "crashed"), (None, "crashed")])
+def test_a_mistake_takes_nothing_from_a_run_that_was_there(tmp_path, before, after):
+    first = open_run(tmp_path)
+    first.metrics_path.write_text('{"step": 1}\n')
+    if before is not None:
+        first.write_status(before)
+    first.unlock()
+    run = open_run(tmp_path)
+    run.write_status("running")
+    assert run.step_back()
+    assert run.read_status() == after
+    assert run.metrics_path.read_text() == '{"step": 1}\n'
+    run.metrics_path.write_text('{"step": 1}\n{"step": 2}\n')
+    assert not run.step_back(), "after a step it is no longer a mistake of the start"
+
+
 def test_every_kind_of_loss_has_a_label():
     assert set(DIVERGENCE_LABELS) == set(ALL_KINDS)
 
