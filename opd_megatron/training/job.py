@@ -57,6 +57,7 @@ def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.de
     directory = _open_directory(recipe, config, run_dir)
     try:
         status = _train(config, sources, directory, device, stop)
+        _write_status(directory, status)
     except ValueError:
         if dist.get_rank() == 0 and not directory.step_back():
             directory.write_status("crashed")
@@ -66,7 +67,6 @@ def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.de
         raise
     finally:
         directory.unlock()
-    _write_status(directory, status)
     return status
 
 
