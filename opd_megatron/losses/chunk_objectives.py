@@ -11,7 +11,17 @@ import torch
 
 from opd_megatron.losses import triton_divergence
 from opd_megatron.losses.class_divergence import ClassDivergence
-from opd_megatron.losses.full_divergence import ChunkDivergence, Divergence, kl_from_moment, kl_moment, live_masses, shift_to_max_
+from opd_megatron.losses.full_divergence import (
+    ChunkDivergence,
+    Divergence,
+    Evaluated,
+    RowNorms,
+    gathered_norms,
+    kl_from_moment,
+    kl_moment,
+    live_masses,
+    shift_to_max_,
+)
 from opd_megatron.losses.head_products import head_logits
 from opd_megatron.losses.vocab_parallel import Scratch, ShardSoftmax, VocabShard, entropy, local_ids, picked_logp
 
@@ -48,38 +58,44 @@ class DivergenceObjective:
             return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
         if triton_divergence.usable_for(student.logp_TW):
             return self._by_kernels(self.divergence, student, teacher, rows, shard, scale_N)
-        shift_to_max_(student, teacher, shard)
+        evaluated = self.divergence.evaluate_(student, teacher, shard, lambda: self._riders(student, rows, shard))
+        grad_NW = None if scale_N is None else self.divergence.gradient(student, teacher, evaluated.chunk).mul_(scale_N[:, None])
+        return _chunk_loss(evaluated, grad_NW)
+
+    def _riders(self, student: ShardSoftmax, rows: slice, shard: VocabShard) -> tuple[torch.Tensor, ...]:
+        """Return this rank's parts of the entropy's moment, and of the sampled ids' logits with a count of one."""
         picked = () if self.sampled_ids_T is None else student.owned_logit(self.sampled_ids_T[rows], shard)
-        chunk, sums = self.divergence.evaluate_(student, teacher, shard, student.entropy_moment(), *picked)
-        mass_N, _, moment_N, *picked_N = sums
-        entropy_N = entropy(moment_N, mass_N)
-        logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
-        grad_NW = None if scale_N is None else self.divergence.gradient(student, teacher, chunk).mul_(scale_N[:, None])
-        return ChunkLoss(chunk.value_T, entropy_N, logp_N, grad_NW)
+        return student.entropy_moment(), *picked
 
     def _by_kernels(
         self, divergence: Divergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
     ) -> ChunkLoss:
         """Do the same in two or three passes over the logits, with the same collectives."""
         logits = (student.logp_TW, teacher.logp_TW)
-        local = triton_divergence.row_statistics(*logits)
-        maxima = shard.max(local.student_max_N, local.teacher_max_N)
-        local = local.relative_to(*maxima)
-        picked: tuple[torch.Tensor, ...] = ()
-        if self.sampled_ids_T is not None:
-            logit_N, owned_N = student.owned_logit(self.sampled_ids_T[rows], shard)
-            picked = ((logit_N - maxima[0]).masked_fill_(owned_N == 0, 0), owned_N)
-        moment_N = local.reverse_moment_N if divergence.kind == "reverse_kl" else local.forward_moment_N
-        sums = shard.sum(local.student_mass_N, local.teacher_mass_N, local.entropy_moment_N, moment_N, *picked)
-        masses = live_masses(*sums[:2])
-        norms = triton_divergence.RowNorms(maxima[0], maxima[1], *masses)
+        own = triton_divergence.row_statistics(*logits)
         if divergence.has_closed_form:
-            chunk = divergence.closed_form(sums[3], *masses)
+            maxima = shard.max(own.student_max_N, own.teacher_max_N)
+            own = own.relative_to(*maxima)
+            moment_N = own.reverse_moment_N if divergence.kind == "reverse_kl" else own.forward_moment_N
+            sums = shard.sum(moment_N, own.student_mass_N, own.teacher_mass_N, *self._raw_riders(own, student, rows, shard))
+            masses = live_masses(sums[1], sums[2])
+            evaluated = Evaluated(divergence.closed_form(sums[0], *masses), RowNorms(maxima[0], maxima[1], *masses), sums[3:], masses[0])
         else:
-            chunk = ChunkDivergence(*shard.sum(*triton_divergence.term_sums(divergence, *logits, norms)))
-        logp_N = picked_logp(sums[4], sums[5], masses[0]) if picked else None
-        grad_NW = None if scale_N is None else triton_divergence.gradient_(divergence, *logits, norms, chunk.correction_T, scale_N)
-        return ChunkLoss(chunk.value_T, entropy(sums[2], masses[0]), logp_N, grad_NW)
+            norms = gathered_norms(*own[:4], shard)
+            own = own.relative_to(norms.student_max_T, norms.teacher_max_T)
+            terms = triton_divergence.term_sums(divergence, *logits, norms)
+            sums = shard.sum(*terms, *self._raw_riders(own, student, rows, shard))
+            evaluated = Evaluated(ChunkDivergence(sums[0], sums[1]), norms, sums[2:], norms.student_mass_T)
+        correction_N = evaluated.chunk.correction_T
+        grad_NW = None if scale_N is None else triton_divergence.gradient_(divergence, *logits, evaluated.norms, correction_N, scale_N)
+        return _chunk_loss(evaluated, grad_NW)
+
+    def _raw_riders(self, own: triton_divergence.RowStatistics, student: ShardSoftmax, rows: slice, shard: VocabShard) -> tuple[torch.Tensor, ...]:
+        """Return what `_riders` does, from statistics relative to the maxima over the whole vocabulary and from logits that no one has shifted."""
+        if self.sampled_ids_T is None:
+            return (own.entropy_moment_N,)
+        logit_N, owned_N = student.owned_logit(self.sampled_ids_T[rows], shard)
+        return own.entropy_moment_N, (logit_N - own.student_max_N).masked_fill_(owned_N == 0, 0), owned_N
 
     def _over_classes(
         self, divergence: ClassDivergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
@@ -91,6 +107,14 @@ class DivergenceObjective:
         logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(picked_N[1] == 0, math.nan) if picked_N else None
         gradient_NW = None if scale_N is None else divergence.gradient(student.prob_TW, chunk, shard).mul_(scale_N[:, None])
         return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW)
+
+
+def _chunk_loss(evaluated: Evaluated, grad_NW: torch.Tensor | None) -> ChunkLoss:
+    """Return the results of one chunk from the sums that rode along with its divergence."""
+    moment_N, *picked_N = evaluated.riders_T
+    mass_N = evaluated.rider_mass_T
+    logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
+    return ChunkLoss(evaluated.chunk.value_T, entropy(moment_N, mass_N), logp_N, grad_NW)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from opd_megatron.losses.full_divergence import FULL_KINDS, Divergence, live_masses, shift_to_max_
-from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, local_ids
+from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, local_ids, merged_softmax, moved_maximum
 
 SAMPLED_KINDS = ("k1", "k3")
 TOP_K_KINDS = {
@@ -37,13 +36,16 @@ DEFAULT_TOP_K = 64
 
 
 class ClassChunk(NamedTuple):
-    """Divergence of one chunk's rows; the ids and the gradient G of their classes; and what the student's softmax over the rest needs."""
+    """Divergence of one chunk's rows; the ids and the gradient G of their classes; and what the student's softmax over the rest needs.
+
+    On this rank, t_v = rest_scale exp(z_v - own_max). These two are the rank's own; all else is the same on every rank.
+    """
 
     value_N: torch.Tensor
     ids_NK: torch.Tensor
     grad_NC: torch.Tensor
-    rest_max_N: torch.Tensor
-    rest_mass_N: torch.Tensor
+    own_max_N: torch.Tensor
+    rest_scale_N: torch.Tensor
     student_lse_N: torch.Tensor
     student_entropy_N: torch.Tensor
 
@@ -94,16 +96,22 @@ class ClassDivergence:
     def evaluate_(
         self, student: ShardSoftmax, teacher: ShardSoftmax, ids_NK: torch.Tensor, shard: VocabShard, *extra_N: torch.Tensor
     ) -> tuple[ClassChunk, tuple[torch.Tensor, ...]]:
-        """Return the divergence from raw logits, and the sums of `extra_N`, which ride along: one MAX, one SUM.
+        """Return the divergence from raw logits, and the sums of `extra_N`, which ride along: one all-gather.
 
-        Leaves in the student's `prob_TW` the unnormalised exponentials of the rest.
+        Leaves in the student's `prob_TW` the exponentials of the rest, relative to this rank's maximum.
         """
         num_picked = ids_NK.size(1)
         student_KN, owners_KN = cut_out_(student, ids_NK, shard)
         teacher_KN, _ = cut_out_(teacher, ids_NK, shard)
-        student_max_N, teacher_max_N = shift_to_max_(student, teacher, shard)
-        sums = shard.sum(student.mass(), teacher.mass(), student.entropy_moment(), *student_KN, *teacher_KN, *owners_KN, *extra_N)
-        rest_mass_N, teacher_mass_N, moment_N, *picked = sums
+        own_max_N, own_teacher_max_N = student.local_max(), teacher.local_max()
+        student.shift_(own_max_N)
+        teacher.shift_(own_teacher_max_N)
+        own = (own_max_N, student.mass(), student.entropy_moment(), own_teacher_max_N, teacher.mass())
+        parts = shard.gather(*own, *student_KN, *teacher_KN, *owners_KN, *extra_N)
+        student_max_N, rest_mass_N, moment_N = merged_softmax(*parts[:3])
+        teacher_max_N, teacher_mass_N = merged_softmax(*parts[3:5])
+        # Each of these is 0 on all ranks but the one that holds the id.
+        picked = [part_RN.sum(0) for part_RN in parts[5:]]
         student_KN, teacher_KN, owners_KN = (torch.stack(picked[first * num_picked : (first + 1) * num_picked]) for first in range(3))
         nobody_KN = owners_KN == 0
         student_classes, student_shift_N = _class_logits(student_KN.masked_fill(nobody_KN, -math.inf), student_max_N, rest_mass_N)
@@ -116,16 +124,17 @@ class ClassDivergence:
             # A sampled id that no rank holds is the caller's error. A top-k one stands for a vocabulary of fewer than K ids: a class without mass.
             value_N.masked_fill_(nobody_KN[0], math.nan)
             grad_NC.masked_fill_(nobody_KN[0][:, None], math.nan)
-        chunk = ClassChunk(value_N, ids_NK, grad_NC, student_max_N, rest_mass_N, student_shift_N + lse_N, entropy_N)
+        rest_scale_N = (moved_maximum(own_max_N, student_max_N).exp() / rest_mass_N).masked_fill_(rest_mass_N == 0, 0)
+        chunk = ClassChunk(value_N, ids_NK, grad_NC, own_max_N, rest_scale_N, student_shift_N + lse_N, entropy_N)
         return chunk, tuple(picked[3 * num_picked :])
 
     def _over_classes(self, student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the divergence and its gradient in the class logits: replicated arithmetic, nothing is sent."""
         student, teacher, whole = ShardSoftmax(student_NC), ShardSoftmax(teacher_NC), VocabShard(0, student_NC.size(1), None)
-        shift_to_max_(student, teacher, whole)
         if self.kind not in SAMPLED_KINDS:
-            chunk, _ = self._full.evaluate_(student, teacher, whole)
+            chunk = self._full.evaluate_(student, teacher, whole).chunk
             return chunk.value_T, self._full.gradient(student, teacher, chunk)
+        shift_to_max_(student, teacher, whole)
         masses = live_masses(student.mass(), teacher.mass())
         student.normalise_(masses[0])
         teacher.normalise_(masses[1])
@@ -141,8 +150,7 @@ class ClassDivergence:
         """Return dL/dz of this rank's columns from the exponentials of the rest, in their storage: no collective."""
         num_picked = chunk.ids_NK.size(1)
         if self.counts_rest:
-            empty_N = chunk.rest_mass_N == 0
-            grad_NW = rest_NW.mul_((chunk.grad_NC[:, num_picked] / chunk.rest_mass_N).masked_fill(empty_N, 0)[:, None])
+            grad_NW = rest_NW.mul_((chunk.grad_NC[:, num_picked] * chunk.rest_scale_N)[:, None])
         else:
             grad_NW = rest_NW.zero_()
         if shard.width:
@@ -162,13 +170,10 @@ def top_ids(logits_NW: torch.Tensor, top_k: int, shard: VocabShard) -> torch.Ten
     ids_NK = _local_top(logits_NW, min(top_k, logits_NW.size(1)))
     candidates = torch.full((2, num_tokens, top_k), -math.inf, dtype=torch.float64, device=logits_NW.device)
     candidates[0, :, : ids_NK.size(1)], candidates[1, :, : ids_NK.size(1)] = logits_NW.gather(1, ids_NK), ids_NK + shard.start
-    if shard.tp_group is not None and shard.tp_group.size() > 1:
-        parts = [torch.empty_like(candidates) for _ in range(shard.tp_group.size())]
-        dist.all_gather(parts, candidates, group=shard.tp_group)
-        candidates = torch.cat(parts, -1)
+    logits, ids = (torch.cat(part_RNK.unbind(), -1) for part_RNK in shard.gather(*candidates))
     # First the places that no id fills go last, then the highest logits come first.
-    filled = torch.isfinite(candidates[1]).to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
-    logits, ids = candidates[0].gather(1, filled), candidates[1].gather(1, filled)
+    filled = torch.isfinite(ids).to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+    logits, ids = logits.gather(1, filled), ids.gather(1, filled)
     best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     return ids.gather(1, best).nan_to_num(neginf=-1).long()
 

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.class_divergence import ALL_KINDS, SAMPLED_KINDS, TOP_K_KINDS, ClassChunk, ClassDivergence, cut_out_
-from opd_megatron.losses.full_divergence import FULL_KINDS, ChunkDivergence, Divergence, shift_to_max_
+from opd_megatron.losses.full_divergence import FULL_KINDS, ChunkDivergence, Divergence
 from opd_megatron.losses.vocab_parallel import CHUNK_MIN_TOKENS, ShardSoftmax, VocabShard, compute_dtype, require_same, token_chunks, vocab_shard
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
-    """Two collectives per chunk in the forward (MAX, SUM), one more SUM for jsd or a clip; none in the backward.
+    """Two collectives per chunk in the forward, none in the backward.
 
     Saved: both models' logits as given and five numbers per token. The returned value is replicated, so every rank's gradient is the true one.
     """
@@ -37,10 +37,9 @@ class _VocabParallelDivergence(torch.autograd.Function):
         for rows in token_chunks(num_tokens, num_columns, student_logits_TW.device, chunk_tokens):
             student = _chunk_softmax(student_logits_TW[rows], shard, temperature)
             teacher = _chunk_softmax(teacher_logits_TW[rows], shard, temperature)
-            maxima = shift_to_max_(student, teacher, shard)
-            chunk, masses = divergence.evaluate_(student, teacher, shard)
-            divergence_T[rows] = chunk.value_T
-            saved_5T[:, rows] = torch.stack([*maxima, *masses, chunk.correction_T])
+            evaluated = divergence.evaluate_(student, teacher, shard)
+            divergence_T[rows] = evaluated.chunk.value_T
+            saved_5T[:, rows] = torch.stack([*evaluated.norms, evaluated.chunk.correction_T])
         ctx.save_for_backward(student_logits_TW, teacher_logits_TW, saved_5T)
         ctx.divergence, ctx.shard, ctx.temperature, ctx.chunk_tokens = divergence, shard, temperature, chunk_tokens
         return divergence_T
@@ -67,7 +66,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
 
 
 class _ClassDivergence(torch.autograd.Function):
-    """Two collectives per chunk in the forward (MAX, SUM), and an all-gather where ids are chosen; none in the backward.
+    """One all-gather per chunk in the forward, and one more where ids are chosen; none in the backward.
 
     Saved: the student's logits as given, and per token the picked ids, the gradient of their classes and two numbers.
     """
@@ -104,7 +103,7 @@ class _ClassDivergence(torch.autograd.Function):
             chunk = ClassChunk(*saved[index * len(ClassChunk._fields) : (index + 1) * len(ClassChunk._fields)])
             student = _chunk_softmax(student_logits_TW[rows], ctx.shard, ctx.temperature)
             cut_out_(student, chunk.ids_NK, ctx.shard)
-            student.shift_(chunk.rest_max_N)
+            student.shift_(chunk.own_max_N)
             grad_NW = ctx.divergence.gradient(student.prob_TW, chunk, ctx.shard)
             grad_TW[rows, : ctx.shard.width] = grad_NW.mul_((grad_T[rows] / ctx.temperature)[:, None])
         return grad_TW, *(None,) * 6

@@ -15,12 +15,13 @@ The sum over the whole vocabulary (the "correction") is known after the forward,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, weighted_sum
+from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, merged_softmax, moved_maximum, weighted_sum
 
 FULL_KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_forward", "skew_reverse")
 DEFAULT_ALPHA = 0.1
@@ -32,6 +33,24 @@ class ChunkDivergence(NamedTuple):
     value_T: torch.Tensor
     correction_T: torch.Tensor
     slope_TW: torch.Tensor | None = None
+
+
+class RowNorms(NamedTuple):
+    """What turns a logit into a probability over the whole vocabulary: maximum and mass of each row, of both models."""
+
+    student_max_T: torch.Tensor
+    teacher_max_T: torch.Tensor
+    student_mass_T: torch.Tensor
+    teacher_mass_T: torch.Tensor
+
+
+class Evaluated(NamedTuple):
+    """The divergence of a chunk; the norms of its rows; the sums over all ranks of the caller's `riders`, and the student's mass that these are relative to."""
+
+    chunk: ChunkDivergence
+    norms: RowNorms
+    riders_T: tuple[torch.Tensor, ...]
+    rider_mass_T: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +87,37 @@ class Divergence:
 
     @property
     def has_closed_form(self) -> bool:
-        """Whether the value follows from sums of unnormalised exponentials, which saves a collective."""
+        """Whether the value follows from sums of unnormalised exponentials, which saves a pass over the vocabulary."""
         return self.kind in ("reverse_kl", "forward_kl") and self.pointwise_clip is None
 
-    def evaluate_(
-        self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard, *extra_T: torch.Tensor
-    ) -> tuple[ChunkDivergence, tuple[torch.Tensor, ...]]:
-        """Return the divergence, and the masses of student and teacher followed by the sums of `extra_T`, which ride in the same collective.
+    def evaluate_(self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard, riders: Callable[[], tuple[torch.Tensor, ...]] = tuple) -> Evaluated:
+        """Return the divergence from raw logits, and leave normalised probabilities. Two collectives: the second is the SUM that `riders` join.
 
-        Takes shifted logits and leaves normalised probabilities.
+        The first is a MAX where the value has a closed form. Where it has none, the sum runs over normalised probabilities, and each rank's
+        maximum and mass are gathered instead. `riders` is called once the student is shifted, or normalised: then its mass is 1.
         """
-        moment = (self._moment(student, teacher),) if self.has_closed_form else ()
-        sums_T = shard.sum(student.mass(), teacher.mass(), *extra_T, *moment)
-        masses = live_masses(*sums_T[:2])
-        student.normalise_(masses[0])
-        teacher.normalise_(masses[1])
-        chunk = self.closed_form(sums_T[-1], *masses) if self.has_closed_form else self._summed(student, teacher, shard)
-        return chunk, (*masses, *sums_T[2 : 2 + len(extra_T)])
+        if self.has_closed_form:
+            maxima = shift_to_max_(student, teacher, shard)
+            own_T = (self._moment(student, teacher), student.mass(), teacher.mass())
+            moment_T, student_mass_T, teacher_mass_T, *riders_T = shard.sum(*own_T, *riders())
+            masses = live_masses(student_mass_T, teacher_mass_T)
+            student.normalise_(masses[0])
+            teacher.normalise_(masses[1])
+            return Evaluated(self.closed_form(moment_T, *masses), RowNorms(maxima[0], maxima[1], *masses), tuple(riders_T), masses[0])
+        maxima = (student.local_max(), teacher.local_max())
+        student.shift_(maxima[0])
+        teacher.shift_(maxima[1])
+        norms = gathered_norms(*maxima, student.mass(), teacher.mass(), shard)
+        student.normalise_(norms.student_mass_T, moved_maximum(maxima[0], norms.student_max_T))
+        teacher.normalise_(norms.teacher_mass_T, moved_maximum(maxima[1], norms.teacher_max_T))
+        own_riders_T = riders()  # before the terms, which may lie in the student's scratch memory
+        summand_TW, slope_TW = self._terms(student, teacher)
+        if self.pointwise_clip is not None:
+            summand_TW = summand_TW.clamp(max=self.pointwise_clip)
+        value_T, correction_T, *riders_T = shard.sum(summand_TW.sum(-1), slope_TW.sum(-1), *own_riders_T)
+        # A NaN logit is left out of the sums of riders and reaches them by their mass.
+        rider_mass_T = torch.where(norms.student_mass_T.isnan(), norms.student_mass_T, 1)
+        return Evaluated(ChunkDivergence(value_T, correction_T, slope_TW), norms, tuple(riders_T), rider_mass_T)
 
     def _moment(self, student: ShardSoftmax, teacher: ShardSoftmax) -> torch.Tensor:
         return kl_moment(student, teacher) if self.kind == "reverse_kl" else kl_moment(teacher, student)
@@ -96,14 +129,6 @@ class Divergence:
             return ChunkDivergence(value_T, value_T)
         value_T = kl_from_moment(moment_T, teacher_mass_T, student_mass_T)
         return ChunkDivergence(value_T, torch.full_like(value_T, -1))
-
-    def _summed(self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> ChunkDivergence:
-        """Return the divergence by summing its entries over the vocabulary: one more collective."""
-        summand_TW, slope_TW = self._terms(student, teacher)
-        if self.pointwise_clip is not None:
-            summand_TW = summand_TW.clamp(max=self.pointwise_clip)
-        value_T, correction_T = shard.sum(summand_TW.sum(-1), slope_TW.sum(-1))
-        return ChunkDivergence(value_T, correction_T, slope_TW)
 
     def gradient(self, student: ShardSoftmax, teacher: ShardSoftmax, chunk: ChunkDivergence) -> torch.Tensor:
         """Return dL/dz of this rank's columns, with z the student's logits after the temperature, from normalised probabilities: no collective."""
@@ -203,6 +228,16 @@ def live_masses(student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> t
     """Return both masses, with infinity on the rows that are fully masked in either model: their probabilities, loss and gradient all become 0."""
     dead_T = (student_mass_T == 0) | (teacher_mass_T == 0)
     return student_mass_T.masked_fill(dead_T, math.inf), teacher_mass_T.masked_fill(dead_T, math.inf)
+
+
+def gathered_norms(
+    student_max_T: torch.Tensor, teacher_max_T: torch.Tensor, student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor, shard: VocabShard
+) -> RowNorms:
+    """Return the norms over the whole vocabulary from this rank's maxima and masses relative to them: one collective."""
+    student_max_RT, teacher_max_RT, student_mass_RT, teacher_mass_RT = shard.gather(student_max_T, teacher_max_T, student_mass_T, teacher_mass_T)
+    student_max_T, student_mass_T = merged_softmax(student_max_RT, student_mass_RT)
+    teacher_max_T, teacher_mass_T = merged_softmax(teacher_max_RT, teacher_mass_RT)
+    return RowNorms(student_max_T, teacher_max_T, *live_masses(student_mass_T, teacher_mass_T))
 
 
 def shift_to_max_(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, ...]:

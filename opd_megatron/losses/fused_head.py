@@ -172,7 +172,7 @@ def fused_head_divergence(
     under the student at `temperature`, NaN for an id outside the vocabulary. `chunk_tokens` must be the same on all ranks; None fits CHUNK_BYTES.
     With `accumulate_main_grad` the backward adds the head's gradient, in fp32, to `student_head_WH.main_grad` and sets `grad_added_to_main_grad`
     where the head has that attribute, as Megatron-Core's gradient_accumulation_fusion does.
-    Two collectives per chunk in the forward, three for jsd, skewed and top-k kinds or a clip, none in the backward.
+    Two collectives per chunk in the forward, one for k1 and k3, none in the backward.
     Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
     not positive.
     """

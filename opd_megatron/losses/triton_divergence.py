@@ -8,12 +8,12 @@ Shapes: N rows of one chunk, W = this rank's slice of the vocabulary. Logits are
 """
 
 import importlib.util
-import math
 from typing import NamedTuple
 
 import torch
 
-from opd_megatron.losses.full_divergence import Divergence
+from opd_megatron.losses.full_divergence import Divergence, RowNorms
+from opd_megatron.losses.vocab_parallel import moved_maximum
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _COLUMNS_AT_ONCE = 4096
@@ -40,7 +40,7 @@ class RowStatistics(NamedTuple):
 
     def relative_to(self, student_max_N: torch.Tensor, teacher_max_N: torch.Tensor) -> "RowStatistics":
         """Return the sums relative to larger maxima: those over the whole vocabulary. A slice without a real logit keeps its zeros."""
-        student_N, teacher_N = _shift(self.student_max_N, student_max_N), _shift(self.teacher_max_N, teacher_max_N)
+        student_N, teacher_N = moved_maximum(self.student_max_N, student_max_N), moved_maximum(self.teacher_max_N, teacher_max_N)
         gap_N = student_N - teacher_N
         return RowStatistics(
             student_max_N,
@@ -53,20 +53,6 @@ class RowStatistics(NamedTuple):
         )
 
 
-def _shift(old_max_N: torch.Tensor, new_max_N: torch.Tensor) -> torch.Tensor:
-    """Return old - new; 0 where the old maximum is -inf, because everything relative to it is 0."""
-    return (old_max_N - new_max_N).masked_fill_(old_max_N == -math.inf, 0)
-
-
-class RowNorms(NamedTuple):
-    """What turns a logit into a probability over the whole vocabulary: maximum and mass of each row, of both models."""
-
-    student_max_N: torch.Tensor
-    teacher_max_N: torch.Tensor
-    student_mass_N: torch.Tensor
-    teacher_mass_N: torch.Tensor
-
-
 def row_statistics(student_NW: torch.Tensor, teacher_NW: torch.Tensor) -> RowStatistics:
     """Return the statistics of every row in one pass, with running maxima."""
     from opd_megatron.losses.triton_kernels import row_statistics_kernel
@@ -74,7 +60,7 @@ def row_statistics(student_NW: torch.Tensor, teacher_NW: torch.Tensor) -> RowSta
     num_rows, num_columns = student_NW.shape
     out_7N = student_NW.new_empty((len(RowStatistics._fields), num_rows))
     if num_rows:
-        row_statistics_kernel[(num_rows,)](student_NW, teacher_NW, out_7N, num_rows, num_columns, BLOCK=_block(num_columns))
+        row_statistics_kernel[(num_rows,)](student_NW, teacher_NW, out_7N, num_rows, num_columns, **launch_options(num_columns))
     return RowStatistics(*out_7N)
 
 
@@ -86,7 +72,7 @@ def term_sums(divergence: Divergence, student_NW: torch.Tensor, teacher_NW: torc
     out_2N = student_NW.new_empty((2, num_rows))
     if num_rows:
         term_sums_kernel[(num_rows,)](
-            student_NW, teacher_NW, torch.stack(norms), out_2N, num_rows, num_columns, **_settings(divergence), BLOCK=_block(num_columns)
+            student_NW, teacher_NW, torch.stack(norms), out_2N, num_rows, num_columns, **_settings(divergence), **launch_options(num_columns)
         )
     return out_2N[0], out_2N[1]
 
@@ -106,7 +92,7 @@ def gradient_(
             num_rows,
             num_columns,
             **_settings(divergence),
-            BLOCK=_block(num_columns),
+            **launch_options(num_columns),
         )
     return student_NW
 
@@ -118,6 +104,10 @@ def _settings(divergence: Divergence) -> dict[str, object]:
     return {"share": share, "clip": 0.0 if clip is None else clip, "KIND": divergence.kind, "CLIPPED": clip is not None}
 
 
-def _block(num_columns: int) -> int:
-    """Return the columns a program holds at once: a power of two, no larger than the row needs."""
-    return min(_COLUMNS_AT_ONCE, max(16, 1 << (num_columns - 1).bit_length() if num_columns else 16))
+def launch_options(num_columns: int) -> dict[str, int]:
+    """Return the columns a program holds at once, a power of two and no more than the row needs, and its warps.
+
+    With 4096 columns, 8 warps need at most 128 registers a thread on sm_90, and 4 warps up to 250, which would halve the warps that hide a read.
+    """
+    block = min(_COLUMNS_AT_ONCE, max(16, 1 << (num_columns - 1).bit_length() if num_columns else 16))
+    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4}

@@ -37,6 +37,15 @@ class VocabShard:
         """
         return self._all_reduce(values_T, dist.ReduceOp.SUM, torch.float64)
 
+    def gather(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return each value of every rank, with a first dimension of R ranks, in one collective. The values have one shape and dtype."""
+        packed = torch.stack(values)
+        if self.tp_group is None or self.tp_group.size() == 1:
+            return packed[:, None].unbind()
+        parts = [torch.empty_like(packed) for _ in range(self.tp_group.size())]
+        dist.all_gather(parts, packed, group=self.tp_group)
+        return torch.stack(parts, 1).unbind()
+
     def _all_reduce(self, values_T: tuple[torch.Tensor, ...], operation: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         if self.tp_group is None or self.tp_group.size() == 1:
             return values_T
@@ -128,10 +137,18 @@ class ShardSoftmax:
         """Return this rank's part of the softmax denominator."""
         return self.prob_TW.sum(-1)
 
-    def normalise_(self, mass_T: torch.Tensor) -> None:
-        """Divide by the denominator over the whole vocabulary. The mass inf marks a row to ignore: all its probabilities become 0."""
-        self.logp_TW.sub_(mass_T.log()[:, None])
-        self.prob_TW.div_(mass_T[:, None])
+    def normalise_(self, mass_T: torch.Tensor, moved_T: torch.Tensor | None = None) -> None:
+        """Divide by the denominator over the whole vocabulary. The mass inf marks a row to ignore: all its probabilities become 0.
+
+        Where the mass is relative to another maximum than `shift_` subtracted, `moved_T` is the latter minus the former (`moved_maximum`).
+        """
+        if moved_T is None:
+            self.logp_TW.sub_(mass_T.log()[:, None])
+            self.prob_TW.div_(mass_T[:, None])
+        else:
+            # One subtraction: where `moved` is large enough to round the logarithm away, so is every log-probability here.
+            self.logp_TW.add_((moved_T - mass_T.log())[:, None])
+            self.prob_TW.mul_((moved_T.exp() / mass_T)[:, None])
 
     def entropy_moment(self) -> torch.Tensor:
         """Return this rank's part of sum_v e^{u_v} u_v, with u the shifted logits. To be called between `shift_` and `normalise_`."""
@@ -164,9 +181,22 @@ def weighted_sum(weight_TW: torch.Tensor, value_TW: torch.Tensor, product_TW: to
     return torch.mul(weight_TW, value_TW, out=product_TW).nansum(-1)
 
 
+def moved_maximum(old_T: torch.Tensor, new_T: torch.Tensor) -> torch.Tensor:
+    """Return old - new; 0 where the old maximum is -inf, because everything relative to it is 0."""
+    return (old_T - new_T).masked_fill_(old_T == -math.inf, 0)
+
+
+def merged_softmax(max_RT: torch.Tensor, mass_RT: torch.Tensor, *moment_RT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return maximum, mass and moments sum_v e^{u_v} u_v over R slices of the vocabulary from those of each slice, relative to its own maximum."""
+    max_T = max_RT.amax(0)
+    moved_RT = moved_maximum(max_RT, max_T).double()
+    sums = [mass_RT * moved_RT.exp(), *((moment_T + moved_RT * mass_RT) * moved_RT.exp() for moment_T in moment_RT)]
+    return max_T, *(parts_RT.sum(0).to(max_T.dtype) for parts_RT in sums)
+
+
 def entropy(moment_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats, log a - (sum_v e^{u_v} u_v) / a, where a is the mass."""
-    return mass_T.log() - moment_T / mass_T
+    """Return the entropy in nats, log a - (sum_v e^{u_v} u_v) / a, where a is the mass; 0 where that is infinite, the mark of a row to ignore."""
+    return (mass_T.log() - moment_T / mass_T).masked_fill_(torch.isinf(mass_T), 0)
 
 
 def picked_logp(logit_T: torch.Tensor, owners_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:

@@ -133,8 +133,8 @@ def collective_counts():
     return forwards, count_collectives(lambda: [loss.backward() for loss in losses])
 
 
-def test_three_collectives_per_chunk_two_for_sampled_tokens_and_none_in_the_backward(pool):
-    expected = dict.fromkeys((*SKEW_KINDS, *TOP_K_KINDS), (3, 3)) | dict.fromkeys(SAMPLED_KINDS, (2, 2))
+def test_two_collectives_per_chunk_one_for_sampled_tokens_and_none_in_the_backward(pool):
+    expected = dict.fromkeys((*SKEW_KINDS, *TOP_K_KINDS), (2, 2)) | dict.fromkeys(SAMPLED_KINDS, (1, 1))
     for forwards, backwards in pool.run(collective_counts, world_size=4):
         assert forwards == expected
         assert backwards == 0

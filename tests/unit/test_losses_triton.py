@@ -1,13 +1,18 @@
 """The Triton kernels against the torch form of the same formulas, on CPU by Triton's interpreter.
 
-Covered: the arithmetic, masks, odd widths and the wiring into the fused head and `token_statistics`. Not covered here: compilation and speed on
-a GPU, and CUDA's approximate exp and log.
+Covered: the arithmetic, masks, odd widths, the wiring into the fused head and `token_statistics`, and that every variant compiles for sm_90.
+Not covered here: running and speed on a GPU, CUDA's approximate exp and log, and the split over ranks (tests/distributed/test_losses_tp.py).
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +24,10 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("the kernels are compiled here: run on a machine without GPU", allow_module_level=True)
 
 from opd_megatron.losses import triton_divergence, triton_kernels  # noqa: E402
-from opd_megatron.losses.full_divergence import Divergence  # noqa: E402
+from opd_megatron.losses.full_divergence import FULL_KINDS, Divergence  # noqa: E402
 from opd_megatron.losses.fused_head import FusedDivergence, fused_head_divergence, token_statistics  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS: dict[str, dict[str, object]] = {
     "reverse_kl": {"kind": "reverse_kl"},
     "forward_kl": {"kind": "forward_kl"},
@@ -191,6 +197,22 @@ def test_small_numbers_keep_their_precision(kernel: Any, reference: Callable[[to
     kernel[(1,)](values, out, BLOCK=1024)
     exact = reference(values.double())
     assert ((out.double() - exact) / exact).abs().max() < 2e-6
+
+
+def test_every_variant_compiles_for_a_gpu_and_keeps_its_numbers_in_registers(tmp_path: Path) -> None:
+    """Down to machine code, by the assembler in Triton's wheel, in a process without the interpreter.
+
+    8 warps of 128 registers leave room for a second program on a processor of sm_90.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.compile_kernels", "90"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    variants = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(variants) == 1 + 2 * 2 * len(FULL_KINDS)
+    for variant in variants:
+        assert variant["reg"] <= 128, variant
+        assert variant["stack"] + variant["local"] <= 16, variant
 
 
 def test_only_fp32_on_cuda_goes_to_the_kernels() -> None:
