@@ -1,6 +1,7 @@
 """Time, peak memory and gradient error of the distillation losses, from hidden states and LM heads to their gradients: `python tools/bench_loss.py`.
 
-Ours (fused head, and the divergence on full logits) against plain torch and against the libraries that install from PyPI: nvidia-modelopt,
+Ours (fused head, and the divergence on full logits) against plain torch, also with its operands widened to fp32 where they are bf16 ("widened": the
+unfused form whose logits are not rounded), and against the libraries that install from PyPI: nvidia-modelopt,
 liger-kernel, trl, deepspeed. A library that is not installed is a row that says so; install them into an environment of their own.
 Each measurement runs in its own process (one per rank), time and memory in separate ones. The gradient error is relative, against fp64 autograd on
 the same values, over hidden states and head. With --json the last line is one JSON object.
@@ -29,11 +30,12 @@ WORKER_SECONDS = 900
 
 
 class Candidate(NamedTuple):
-    """A function under test: the PyPI package it needs, and the kinds and numbers of ranks it can do."""
+    """A function under test: the PyPI package it needs, and the kinds, numbers of ranks and dtypes it is for."""
 
     package: str | None
     kinds: tuple[str, ...]
     tensor: tuple[int, ...]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 BOTH_KL, ALL = ("reverse_kl", "forward_kl"), ("reverse_kl", "forward_kl", "jsd")
@@ -41,6 +43,7 @@ CANDIDATES = {
     "fused": Candidate(None, ALL, (1, 2)),
     "unfused": Candidate(None, ALL, (1, 2)),
     "torch": Candidate(None, ALL, (1, 2)),
+    "widened": Candidate(None, ALL, (1, 2), ("bfloat16",)),
     "modelopt": Candidate("nvidia-modelopt", BOTH_KL, (1, 2)),
     "deepspeed": Candidate("deepspeed", BOTH_KL, (1, 2)),
     "liger": Candidate("liger-kernel", ALL, (1,)),
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind, vocab, dtype, tensor in itertools.product(options.kinds, options.vocab, options.dtypes, options.tensor):
         for function in options.functions:
             candidate = CANDIDATES[function]
-            if kind in candidate.kinds and tensor in candidate.tensor:
+            if kind in candidate.kinds and tensor in candidate.tensor and dtype in candidate.dtypes:
                 row = _measure({"function": function, "kind": kind, "vocab": vocab, "dtype": dtype, "tensor": tensor, **sizes})
                 rows.append(row)
                 print(_line(row), flush=True)
@@ -256,6 +259,8 @@ def _prepare(case: SimpleNamespace, group: Any) -> Callable[..., Any]:
         return lambda *models: fused_head_divergence(*models, kind=case.kind, tp_group=group).loss_sum
     if case.function == "liger":
         return _liger(case)
+    if case.function == "widened":
+        return lambda *models: _on_logits(_torch(case, group))(*(tensor.float() for tensor in models))
     return _on_logits({"unfused": _unfused, "torch": _torch, "modelopt": _modelopt, "deepspeed": _deepspeed, "trl": _trl}[case.function](case, group))
 
 

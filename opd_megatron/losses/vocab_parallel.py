@@ -156,7 +156,11 @@ class ShardSoftmax:
 
     def product(self) -> torch.Tensor:
         """Return the one tensor of scratch memory for an entry-wise product; what was in it is gone."""
-        return self.scratch.like("product", self.logp_TW)
+        return self.term("product")
+
+    def term(self, name: str) -> torch.Tensor:
+        """Return scratch memory of this name for one tensor of entries; what was in it is gone."""
+        return self.scratch.like(name, self.logp_TW)
 
     def owned_logit(self, ids_T: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logit of each given id and a count of one, both 0 where another rank holds the id."""
