@@ -22,15 +22,15 @@ class ParallelLayout:
     virtual: int = 1
     context: int = 1
     expert: int = 1
+    # Splits one expert's matrices; the other ranks of a tensor group hold other experts, or copies.
+    expert_tensor: int = 1
     sequence: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual", "context", "expert"):
+        for name in ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor"):
             size = getattr(self, name)
             _require(size >= 1, f"layout.{name}={size} must be at least 1")
-        for name in ("virtual", "context", "expert"):
-            size = getattr(self, name)
-            _require(size == 1, f"layout.{name}={size} is not supported yet; leave it at 1 and use tensor and pipeline")
+        _require(self.virtual == 1, f"layout.virtual={self.virtual} is not supported yet; leave it at 1 and use pipeline")
         _require(not self.sequence or self.tensor > 1, f"layout.sequence=true needs layout.tensor > 1, got tensor={self.tensor}")
 
     @property
@@ -44,11 +44,17 @@ class ParallelLayout:
             usable = size * (world_size // size)
             way_out = f"use {usable} ranks or change the layout" if usable else f"use at least {size} ranks or change the layout"
             raise ValueError(f"world_size={world_size} is not a multiple of tensor*pipeline*context={size}; {way_out}")
+        experts, stage = self.expert * self.expert_tensor, world_size // self.pipeline
+        if stage % experts:
+            fits = [expert for expert in range(1, stage + 1) if stage % (expert * self.expert_tensor) == 0]
+            raise ValueError(f"expert*expert_tensor={experts} does not divide the {stage} ranks of a pipeline stage; use an expert size of {fits}")
         return world_size // size
 
     def describe(self) -> str:
         """Return a short label, e.g. `TP2xPP2+SP`."""
-        return f"TP{self.tensor}xPP{self.pipeline}" + ("+SP" if self.sequence else "")
+        context = f"xCP{self.context}" if self.context > 1 else ""
+        expert = f"xEP{self.expert}" if self.expert > 1 else ""
+        return f"TP{self.tensor}xPP{self.pipeline}{context}{expert}" + ("+SP" if self.sequence else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from opd_megatron.parallel.context import context_rank, local_positions
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -42,12 +44,26 @@ class PaddedBatch:
     # The writer's log-probabilities; NaN where the text was given, not sampled.
     sampled_logp_T: torch.Tensor
 
+    def context_window(self, *, size: int, rank: int) -> PaddedBatch:
+        """Return what one of `size` context ranks holds: its positions of every sequence, and the scored ones among them, counted anew."""
+        if size == 1:
+            return self
+        length, device = self.tokens_BS.size(1), self.tokens_BS.device
+        position_S = local_positions(length, size, rank).to(device)
+        place_T = self.scored_T % length
+        own_T = context_rank(place_T, length, size) == rank
+        row_T = self.scored_T[own_T] // length
+        return PaddedBatch(
+            tokens_BS=self.tokens_BS[:, position_S],
+            scored_T=row_T * len(position_S) + torch.searchsorted(position_S, place_T[own_T]),
+            target_T=self.target_T[own_T],
+            sampled_logp_T=self.sampled_logp_T[own_T],
+        )
 
-def pad_samples(samples: Sequence[Sample], *, multiple: int, device: torch.device, length: int | None = None) -> PaddedBatch:
-    """Return one right-padded batch; S is `length`, or the longest sample, rounded up to `multiple` (sequence parallelism splits it)."""
-    longest = length or max(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)
-    padded = -(-longest // multiple) * multiple
-    tokens_BS = torch.zeros(len(samples), padded, dtype=torch.long)
+
+def pad_samples(samples: Sequence[Sample], *, length: int, device: torch.device) -> PaddedBatch:
+    """Return one batch, right-padded to `length`."""
+    tokens_BS = torch.zeros(len(samples), length, dtype=torch.long)
     scored, targets, logps = [], [], []
     for row, sample in enumerate(samples):
         first, count = len(sample.prompt_ids), len(sample.response_ids)
@@ -55,7 +71,7 @@ def pad_samples(samples: Sequence[Sample], *, multiple: int, device: torch.devic
         tokens_BS[row, :first] = sample.prompt_ids
         tokens_BS[row, first : first + count] = sample.response_ids
         # The last prompt position predicts the first response token.
-        scored.append(torch.arange(count) + row * padded + first - 1)
+        scored.append(torch.arange(count) + row * length + first - 1)
         targets.append(sample.response_ids)
         logps.append(sample.sampled_logp if sample.sampled_logp is not None else torch.full((count,), torch.nan))
     return PaddedBatch(

@@ -50,8 +50,10 @@ class Architecture:
         unit = tensor * multiple
         return math.ceil(self.vocab_size / unit) * unit
 
-    def check_layout(self, role: str, *, tensor: int, pipeline: int) -> None:
-        """Raise ValueError unless heads, feed-forward width and layers divide over the layout."""
+    def check_layout(self, role: str, *, tensor: int, pipeline: int, expert: int = 1) -> None:
+        """Raise ValueError unless heads, feed-forward width and layers divide over the layout, and there are experts where it wants some."""
+        if expert > 1:
+            raise ValueError(f"{role}.layout.expert={expert} needs a mixture-of-experts model, and this {self.family} model is dense; use 1")
         for what, count, axis, size in (
             ("attention heads", self.num_heads, "tensor", tensor),
             ("key-value heads", self.num_kv_heads, "tensor", tensor),

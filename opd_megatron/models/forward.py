@@ -5,12 +5,14 @@ Shapes: B sequences, S length, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.models.gpt import hidden_states_only
@@ -18,41 +20,45 @@ from opd_megatron.parallel.groups import ModelGroups
 
 
 @contextmanager
-def inference_mode(model: GPTModel, groups: ModelGroups) -> Iterator[None]:
-    """Evaluation mode, no gradients, and no sequence parallelism: a decoding step has one position, which cannot be split."""
+def inference_mode(model: GPTModel, *, context_parallel: bool = False) -> Iterator[None]:
+    """Evaluation mode, no gradients, and no sequence parallelism: a decoding step has one position, which cannot be split.
+
+    With `context_parallel` the sequences stay split over the model's context ranks, for a pass over given text.
+    """
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _without_sequence_parallelism(model):
+        with torch.no_grad(), _switched_off(model, _SEQUENCE if context_parallel else _SEQUENCE | _CONTEXT):
             yield
     finally:
         model.train(was_training)
 
 
-# Where Megatron-Core's modules, and the configuration they share, remember that activations are split along the sequence.
-_SEQUENCE_ATTRIBUTES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+# Where Megatron-Core's modules, and the configuration they share, remember that activations are split along the sequence; and what switches it off.
+_SEQUENCE = {"sequence_parallel": False, "scatter_to_sequence_parallel": False, "reduce_scatter_embeddings": False}
+_CONTEXT = {"context_parallel_size": 1, "cp_group": None}
 
 
 @contextmanager
-def _without_sequence_parallelism(model: GPTModel) -> Iterator[None]:
-    """Switch sequence parallelism off in every module, and back to what each had.
+def _switched_off(model: GPTModel, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Give every module that has one of these attributes another value, and afterwards what each had.
 
     Megatron's set_model_to_sequence_parallel keeps the modules of each model in a cache by id(): a freed model's weights stay in memory,
     and a later model at the same address is not switched, on one rank and not on the next, which ends in a hang.
     """
     switched = [
-        (owner, name, value)
-        for owner in [model.config, *model.modules()]
-        for name in _SEQUENCE_ATTRIBUTES
-        if isinstance(value := getattr(owner, name, None), bool)
+        (owner, name, getattr(owner, name)) for owner in [model.config, *model.modules()] for name in settings if getattr(owner, name, None) is not None
     ]
     for owner, name, _ in switched:
-        setattr(owner, name, False)
+        setattr(owner, name, settings[name])
+    # Its results are cached by length, whether cut for a context rank or not.
+    RotaryEmbedding.forward.cache_clear()
     try:
         yield
     finally:
         for owner, name, value in switched:
             setattr(owner, name, value)
+        RotaryEmbedding.forward.cache_clear()
 
 
 def forward_hidden(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:

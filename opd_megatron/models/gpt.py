@@ -45,6 +45,7 @@ def build_gpt(architecture: Architecture, groups: ModelGroups, *, precision: Lit
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,

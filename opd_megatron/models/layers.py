@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -25,11 +27,15 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class SDPAttention(MegatronModule):
-    """Causal grouped-query attention by PyTorch's scaled_dot_product_attention; [S, B, heads, head_dim] in, [S, B, hidden] out."""
+    """Causal grouped-query attention by PyTorch's scaled_dot_product_attention; [S, B, heads, head_dim] in, [S, B, hidden] out.
 
-    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    Under context parallelism S are this rank's positions, and keys and values of all are gathered (in the backward their gradients are scattered).
+    """
+
+    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, pg_collection: Any = None, **__: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor:
         """Attend causally. One query over a longer key is a decoding step: it sees the whole cache.
@@ -37,11 +43,29 @@ class SDPAttention(MegatronModule):
         Responses are padded on the right, so a causal mask alone keeps padding out of every real position.
         """
         assert attention_mask is None, "padding is on the right: no mask is needed"
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            return self._over_context(query, key, value)
         num_queries, num_keys = query.size(0), key.size(0)
         assert num_queries in (1, num_keys), "a cached prompt is continued one token at a time"
+        return self._attend(query, key, value, is_causal=num_queries > 1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **causality: Any) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
-        return out.permute(2, 0, 1, 3).reshape(num_queries, query.size(1), -1)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=q.size(1) != k.size(1), **causality)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _over_context(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend from this rank's two chunks, each to everything before it and to itself causally."""
+        size, rank, chunk = self.cp_group.size(), self.cp_group.rank(), query.size(0) // 2
+        gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1).contiguous(), group=self.cp_group)
+        # Each rank sent its chunk c, then its chunk 2C-1-c.
+        pairs = gathered.unflatten(0, (size, 2, chunk))
+        key, value = torch.cat([pairs[:, 0], pairs[:, 1].flip(0)]).flatten(0, 1).split([key.size(-1), value.size(-1)], dim=-1)
+        out = []
+        for number, part in zip((rank, 2 * size - 1 - rank), query.split(chunk)):
+            seen = (number + 1) * chunk
+            out.append(self._attend(part, key[:seen], value[:seen], attn_mask=causal_lower_right(chunk, seen)))
+        return torch.cat(out)
 
 
 def block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:

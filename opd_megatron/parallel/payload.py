@@ -1,7 +1,7 @@
-"""Moving per-sample tensors from the ranks that computed them to the ranks that need them, for any pair of layouts.
+"""Moving pieces of samples from the ranks that computed them to the ranks that need them, for any pair of layouts.
 
-Every rank makes the same plan from what all ranks know (who has a sample, who needs it, how many rows it has), so the plan itself costs
-no communication. Shapes: R rows of one sample, G columns.
+Every rank makes the same plan from what all ranks know (who has a piece, who needs it, how many rows it has), so the plan itself costs
+no communication. Shapes: R rows of one piece, G columns.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Transfer:
-    """Samples one rank sends to another in one message."""
+    """Pieces one rank sends to another in one message."""
 
     source: int
     target: int
-    samples: tuple[int, ...]
+    pieces: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PayloadPlan:
-    """Rounds of transfers. Each message holds at most `max_rows` rows, or one sample, which bounds the buffers in flight."""
+    """Rounds of transfers. Each message holds at most `max_rows` rows, or one piece, which bounds the buffers in flight."""
 
     rounds: tuple[tuple[Transfer, ...], ...]
     num_rows: tuple[int, ...]
 
     def sent_rows(self) -> int:
         """Return the rows that cross between ranks, for the bytes-per-token metric."""
-        return sum(self.num_rows[sample] for step in self.rounds for transfer in step for sample in transfer.samples)
+        return sum(self.num_rows[piece] for step in self.rounds for transfer in step for piece in transfer.pieces)
 
 
 def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[int]], num_rows: Sequence[int], *, max_rows: int = 1 << 16) -> PayloadPlan:
-    """Return the plan for samples held by any of `holders[i]` and needed by all of `needers[i]`.
+    """Return the plan for pieces held by any of `holders[i]` and needed by all of `needers[i]`.
 
-    A rank that holds what it needs receives nothing. Otherwise the needers of one sample are spread over its holders.
+    A rank that holds what it needs receives nothing. Otherwise the needers of one piece are spread over its holders.
     """
     pairs: dict[tuple[int, int], list[list[int]]] = {}
-    for sample, (having, needing) in enumerate(zip(holders, needers, strict=True)):
+    for piece, (having, needing) in enumerate(zip(holders, needers, strict=True)):
         for place, target in enumerate(needing):
-            if target in having or num_rows[sample] == 0:
+            if target in having or num_rows[piece] == 0:
                 continue
             messages = pairs.setdefault((having[place % len(having)], target), [[]])
-            if messages[-1] and sum(num_rows[i] for i in messages[-1]) + num_rows[sample] > max_rows:
+            if messages[-1] and sum(num_rows[i] for i in messages[-1]) + num_rows[piece] > max_rows:
                 messages.append([])
-            messages[-1].append(sample)
+            messages[-1].append(piece)
     num_rounds = max((len(messages) for messages in pairs.values()), default=0)
     rounds = tuple(
         tuple(Transfer(source, target, tuple(messages[step])) for (source, target), messages in sorted(pairs.items()) if step < len(messages))
@@ -59,25 +59,25 @@ def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[in
 def deliver(
     plan: PayloadPlan, held: Mapping[int, torch.Tensor], needed: Sequence[int], *, width: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """Return the tensor [R, G] of every sample in `needed`, in that order. Every rank of the plan calls this with what it holds."""
+    """Return the tensor [R, G] of every piece in `needed`, in that order. Every rank of the plan calls this with what it holds."""
     rank = dist.get_rank()
     arrived: dict[int, torch.Tensor] = {}
     for step in plan.rounds:
         operations, incoming = [], []
         for transfer in step:
             if transfer.source == rank:
-                message = torch.cat([held[sample] for sample in transfer.samples]).to(dtype).contiguous()
+                message = torch.cat([held[piece] for piece in transfer.pieces]).to(dtype).contiguous()
                 operations.append(dist.P2POp(dist.isend, message, transfer.target))
             elif transfer.target == rank:
-                rows = [plan.num_rows[sample] for sample in transfer.samples]
+                rows = [plan.num_rows[piece] for piece in transfer.pieces]
                 message = torch.empty(sum(rows), width, dtype=dtype, device=device)
                 operations.append(dist.P2POp(dist.irecv, message, transfer.source))
-                incoming.append((transfer.samples, rows, message))
+                incoming.append((transfer.pieces, rows, message))
         if operations:
             for request in dist.batch_isend_irecv(operations):
                 request.wait()
-        for samples, rows, message in incoming:
-            arrived.update(zip(samples, message.split(rows), strict=True))
-    # A sample without rows is not sent.
+        for pieces, rows, message in incoming:
+            arrived.update(zip(pieces, message.split(rows), strict=True))
+    # A piece without rows is not sent.
     nothing = torch.empty(0, width, dtype=dtype, device=device)
-    return [arrived[sample] if sample in arrived else (held[sample] if plan.num_rows[sample] else nothing).to(dtype) for sample in needed]
+    return [arrived[piece] if piece in arrived else (held[piece] if plan.num_rows[piece] else nothing).to(dtype) for piece in needed]

@@ -48,7 +48,7 @@ class Sampler:
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[Response | None] = [None] * len(prompts)
-        with inference_mode(self.model, self.groups):
+        with inference_mode(self.model):
             for start in range(0, len(order), self.batch_sequences):
                 chosen = order[start : start + self.batch_sequences]
                 batch = self._generate_batch([prompts[i] for i in chosen], [keys[i] for i in chosen], settings)
@@ -89,13 +89,13 @@ class Sampler:
         hidden_B1H = forward_hidden(self.model, self.groups, input_BS, cache)
         # Ids below 2**53 are exact in fp64, so one broadcast carries both.
         packed_2B = torch.empty(2, input_BS.size(0), dtype=torch.float64, device=self.device)
-        source = self.groups.last_stage_ranks(self.groups.data_rank)[0]
+        source = self.groups.writing_rank
         if hidden_B1H is not None:
             logits_BV = self._gather_logits(hidden_B1H[:, -1])
-            if self.groups.rank == source:
+            if dist.get_rank() == source:
                 token_B, logp_B = sample_tokens(logits_BV, uniform_B, settings)
                 packed_2B = torch.stack([token_B.double(), logp_B.double()])
-        if self.groups.layout.model_size > 1:
+        if self.groups.layout.tensor * self.groups.layout.pipeline > 1:
             dist.broadcast(packed_2B, src=source, group=self.groups.collection.mp)
         return packed_2B[0].long(), packed_2B[1].float()
 

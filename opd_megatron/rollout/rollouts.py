@@ -29,6 +29,11 @@ class Rollouts:
         return _share(len(self.samples), rank, size)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(sample.num_tokens for sample in self.samples)
+
+    @property
     def num_response_tokens(self) -> int:
         return sum(sample.num_scored for sample in self.samples)
 
@@ -48,14 +53,14 @@ def sample_rollouts(
     The random numbers of a sample depend on `key` and on its place in the batch only: any layout writes the same text.
     """
     wanted = [(place, index, ids, sample) for place, (index, ids) in enumerate(prompts) for sample in range(samples_per_prompt)]
-    mine = [wanted[index] for index in _share(len(wanted), groups.data_rank, groups.data_size)]
+    mine = [wanted[index] for index in _share(len(wanted), groups.writer, groups.num_writers)]
     responses = sampler.generate([ids for _, _, ids, _ in mine], [(*key, place, sample) for place, _, _, sample in mine], settings)
     written = [
         Sample(index, sample, torch.tensor(ids), response.ids, response.logp, response.finished)
         for (_, index, ids, sample), response in zip(mine, responses, strict=True)
     ]
-    gathered: list[list[Sample]] = [[] for _ in range(groups.data_size)]
-    dist.all_gather_object(gathered, written, group=groups.collection.dp)
+    gathered: list[list[Sample]] = [[] for _ in range(groups.num_writers)]
+    dist.all_gather_object(gathered, written, group=groups.collection.dp_cp)
     return Rollouts(tuple(sample for replica in gathered for sample in replica), policy_version)
 
 

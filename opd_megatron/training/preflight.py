@@ -59,7 +59,7 @@ def _check_model(role: str, hf: str | None, checkpoint: str | None, layout: Para
         if not (path / "metadata.json").is_file():
             raise ValueError(f"{role}.checkpoint={checkpoint!r} is not a Megatron checkpoint: no metadata.json in it")
         architecture = read_architecture(_assets(None, checkpoint))
-    architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline)
+    architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert)
     return architecture
 
 

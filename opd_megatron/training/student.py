@@ -111,7 +111,7 @@ class Student:
             data_iterator=iter(micro_batches),
             model=self.ddp,
             num_microbatches=len(micro_batches),
-            seq_length=length,
+            seq_length=length * self.groups.layout.context,
             micro_batch_size=batch,
             forward_only=forward_only,
         )

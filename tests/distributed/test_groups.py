@@ -5,49 +5,60 @@ Not covered: more than 4 ranks, Slurm's variables (tests/unit), NCCL.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from opd_megatron.config import ParallelLayout
 from opd_megatron.parallel.groups import student_groups, teacher_groups
+from opd_megatron.parallel.layout import Cell
 from opd_megatron.parallel.world import agreed_by_rank_0, shared_errors
 from tests.pool import RankPool
 
-LAYOUTS = [ParallelLayout(), ParallelLayout(tensor=2), ParallelLayout(pipeline=2), ParallelLayout(tensor=2, pipeline=2), ParallelLayout(pipeline=4)]
+LAYOUTS = [
+    ParallelLayout(),
+    ParallelLayout(tensor=2),
+    ParallelLayout(pipeline=2),
+    ParallelLayout(tensor=2, pipeline=2),
+    ParallelLayout(pipeline=4),
+    ParallelLayout(context=2),
+    ParallelLayout(context=2, tensor=2),
+    ParallelLayout(context=2, pipeline=2),
+    ParallelLayout(expert=2),
+    ParallelLayout(expert=2, tensor=2, context=2),
+    ParallelLayout(expert=2, expert_tensor=2, tensor=2),
+]
+NAMES = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "mp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_ep_pp")
 
 
-def _check_student_grid(layout: ParallelLayout) -> None:
-    from megatron.core import parallel_state
-
-    groups = student_groups(layout, seed=1)
-    assert groups.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
-    assert groups.data_rank == parallel_state.get_data_parallel_rank()
-    assert groups.stage == parallel_state.get_pipeline_model_parallel_rank()
-    assert groups.is_first_stage == parallel_state.is_pipeline_first_stage()
-    assert groups.is_last_stage == parallel_state.is_pipeline_last_stage()
-    assert groups.rank_of(tensor=groups.tensor_rank, data=groups.data_rank, stage=groups.stage) == dist.get_rank()
+def _members(collection: ProcessGroupCollection) -> dict[str, list[int]]:
+    return {name: dist.get_process_group_ranks(getattr(collection, name)) for name in NAMES}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.describe())
-def test_the_students_grid_is_megatrons(pool: RankPool, layout: ParallelLayout) -> None:
-    pool.run(_check_student_grid, layout)
-
-
-def _check_teacher_groups(layout: ParallelLayout) -> None:
-    student_groups(ParallelLayout(tensor=2, pipeline=2), seed=1)
-    groups = teacher_groups(layout)
-    members = {name: dist.get_process_group_ranks(getattr(groups.collection, name)) for name in ("tp", "pp", "dp", "mp")}
-    assert members["tp"] == [groups.rank_of(tensor=tensor, data=groups.data_rank, stage=groups.stage) for tensor in range(layout.tensor)]
-    assert members["pp"] == [groups.rank_of(tensor=groups.tensor_rank, data=groups.data_rank, stage=stage) for stage in range(layout.pipeline)]
-    assert members["dp"] == [groups.rank_of(tensor=groups.tensor_rank, data=data, stage=groups.stage) for data in range(groups.data_size)]
-    assert sorted(members["mp"]) == sorted(
-        groups.rank_of(tensor=tensor, data=groups.data_rank, stage=stage) for tensor in range(layout.tensor) for stage in range(layout.pipeline)
+def _both(layout: ParallelLayout) -> tuple[dict[str, list[int]], dict[str, list[int]], Cell, Cell]:
+    student, teacher = student_groups(layout, seed=1), teacher_groups(layout)
+    megatron = Cell(
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        context=parallel_state.get_context_parallel_rank(),
+        data=parallel_state.get_data_parallel_rank(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
     )
+    assert student.is_first_stage == parallel_state.is_pipeline_first_stage()
+    assert student.is_last_stage == parallel_state.is_pipeline_last_stage()
+    assert student.grid.rank_of(**dataclasses.asdict(student.cell)) == dist.get_rank()
+    assert dist.get_group_rank(student.collection.dp_cp, dist.get_rank()) == student.writer
+    return _members(student.collection), _members(teacher.collection), student.cell, megatron
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.describe())
-def test_the_teachers_groups_are_those_of_its_grid_beside_a_student(pool: RankPool, layout: ParallelLayout) -> None:
-    pool.run(_check_teacher_groups, layout)
+def test_our_grid_and_its_groups_are_megatrons(pool: RankPool, layout: ParallelLayout) -> None:
+    """The student's groups are Megatron-Core's own; the teacher's are made from our grid."""
+    for student, teacher, ours, megatron in pool.run(_both, layout):
+        assert ours == megatron
+        assert teacher == student
 
 
 def _picture() -> str:

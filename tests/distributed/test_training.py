@@ -88,6 +88,10 @@ LAYOUTS = {
     "DP2xPP2, teacher TP2": ({"pipeline": 2}, {"tensor": 2}, 4),
     "TP2xDP2, teacher TP2xPP2": ({"tensor": 2}, {"tensor": 2, "pipeline": 2}, 4),
     "DP4, teacher TP2": ({}, {"tensor": 2}, 4),
+    "CP2": ({"context": 2}, {}, 2),
+    "CP2xTP2+SP, teacher PP2": ({"context": 2, "tensor": 2, "sequence": True}, {"pipeline": 2}, 4),
+    "CP2xPP2, teacher CP2": ({"context": 2, "pipeline": 2}, {"context": 2}, 4),
+    "TP2, teacher CP4": ({"tensor": 2}, {"context": 4}, 4),
 }
 
 
@@ -121,7 +125,7 @@ def test_other_kinds_of_loss_train_alike_in_every_layout(models: Path, recorded:
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
 
-@pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "TP2xPP2+SP, teacher PP2"])
+@pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "CP2xPP2, teacher CP2", "TP2xPP2+SP, teacher PP2"])
 def test_every_layout_writes_the_same_first_rollouts(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, _, world_size = LAYOUTS[name]
     config = _config(models, **student)

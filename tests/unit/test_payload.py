@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opd_megatron.config import ParallelLayout
 from opd_megatron.data.batches import PaddedBatch, pad_samples
+from opd_megatron.parallel.context import local_positions, padded_length
 from opd_megatron.parallel.payload import PayloadPlan, plan_payload
 
 # --- plan_payload ------------------------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def test_whoever_needs_a_sample_and_has_it_not_gets_it_once_from_one_who_has(lay
     received: Counter[tuple[int, int]] = Counter()
     for step in plan_of(layout, max_rows).rounds:
         for transfer in step:
-            for sample in transfer.samples:
+            for sample in transfer.pieces:
                 assert transfer.source in layout[sample][0]
                 received[sample, transfer.target] += 1
     # Nothing goes to a holder, to someone who does not need it, or twice; samples without rows need no message.
@@ -54,8 +56,8 @@ def test_whoever_needs_a_sample_and_has_it_not_gets_it_once_from_one_who_has(lay
 def test_a_message_is_within_the_limit_unless_it_is_a_single_sample(layout: Layout, max_rows: int) -> None:
     for step in plan_of(layout, max_rows).rounds:
         for transfer in step:
-            assert transfer.samples
-            assert len(transfer.samples) == 1 or sum(layout[sample][2] for sample in transfer.samples) <= max_rows
+            assert transfer.pieces
+            assert len(transfer.pieces) == 1 or sum(layout[sample][2] for sample in transfer.pieces) <= max_rows
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -85,12 +87,12 @@ def test_equal_layouts_send_nothing() -> None:
 
 def test_the_needers_of_a_sample_are_spread_over_its_holders() -> None:
     plan = plan_of([([0, 1], [2, 3], 5), ([0, 1], [2, 3], 5)], max_rows=100)
-    assert [(transfer.source, transfer.target, transfer.samples) for step in plan.rounds for transfer in step] == [(0, 2, (0, 1)), (1, 3, (0, 1))]
+    assert [(transfer.source, transfer.target, transfer.pieces) for step in plan.rounds for transfer in step] == [(0, 2, (0, 1)), (1, 3, (0, 1))]
 
 
 def test_messages_are_filled_in_order_up_to_the_limit() -> None:
     plan = plan_of([([0], [1], rows) for rows in (2, 2, 2, 9, 1, 0, 3)], max_rows=4)
-    assert [transfer.samples for step in plan.rounds for transfer in step] == [(0, 1), (2,), (3,), (4, 6)]
+    assert [transfer.pieces for step in plan.rounds for transfer in step] == [(0, 1), (2,), (3,), (4, 6)]
 
 
 @pytest.mark.parametrize("layout", [[], [([0], [], 5)], [([0], [1], 0)]], ids=["no samples", "nobody needs it", "no rows"])
@@ -126,19 +128,20 @@ def texts_of(lengths: list[tuple[int, int]], *, sampled: bool = True) -> list[Te
     return texts
 
 
-def padded(texts: list[Text], *, multiple: int = 1, length: int | None = None) -> PaddedBatch:
-    return pad_samples(texts, multiple=multiple, length=length, device=torch.device("cpu"))
+def padded(texts: list[Text], *, length: int | None = None) -> PaddedBatch:
+    longest = max(len(text.prompt_ids) + len(text.response_ids) for text in texts)
+    return pad_samples(texts, length=length or longest, device=torch.device("cpu"))
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=6)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(LENGTHS, st.integers(1, 4), st.integers(0, 5))
-def test_scored_positions_predict_the_response_tokens(lengths: list[tuple[int, int]], multiple: int, surplus: int) -> None:
+@given(LENGTHS, st.integers(0, 5))
+def test_scored_positions_predict_the_response_tokens(lengths: list[tuple[int, int]], surplus: int) -> None:
     texts = texts_of(lengths)
     longest = max(prompt + response for prompt, response in lengths)
-    batch = padded(texts, multiple=multiple, length=longest + surplus if surplus else None)
+    batch = padded(texts, length=longest + surplus)
     size = batch.tokens_BS.size(1)
     naive = [
         (row * size + position - 1, int(ids[position]), -float(ids[position]))
@@ -152,20 +155,48 @@ def test_scored_positions_predict_the_response_tokens(lengths: list[tuple[int, i
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
-@given(LENGTHS, st.integers(1, 4))
-def test_rows_hold_their_texts_and_zeros_up_to_the_smallest_multiple(lengths: list[tuple[int, int]], multiple: int) -> None:
+@given(LENGTHS, st.integers(0, 3))
+def test_rows_hold_their_texts_and_zeros_up_to_the_length(lengths: list[tuple[int, int]], surplus: int) -> None:
     texts = texts_of(lengths)
-    tokens_BS = padded(texts, multiple=multiple).tokens_BS
-    longest = max(prompt + response for prompt, response in lengths)
-    assert tokens_BS.size(1) == next(size for size in range(longest, longest + multiple) if size % multiple == 0)
+    length = max(prompt + response for prompt, response in lengths) + surplus
+    tokens_BS = padded(texts, length=length).tokens_BS
+    assert tokens_BS.shape == (len(texts), length)
     for row, text in zip(tokens_BS.tolist(), texts, strict=True):
         ids = [*text.prompt_ids.tolist(), *text.response_ids.tolist()]
-        assert row == ids + [0] * (len(row) - len(ids))
+        assert row == ids + [0] * (length - len(ids))
 
 
-@pytest.mark.parametrize(("length", "multiple", "size"), [(None, 1, 7), (None, 4, 8), (7, 1, 7), (9, 1, 9), (9, 4, 12), (12, 4, 12)])
-def test_a_given_length_is_rounded_up_too(length: int | None, multiple: int, size: int) -> None:
-    assert padded(texts_of([(3, 4), (2, 1)]), length=length, multiple=multiple).tokens_BS.shape == (2, size)
+@pytest.mark.parametrize(
+    ("layout", "multiple"),
+    [
+        (ParallelLayout(tensor=4), 1),
+        (ParallelLayout(tensor=4, sequence=True), 4),
+        (ParallelLayout(context=2), 4),
+        (ParallelLayout(tensor=2, sequence=True, context=3), 12),
+    ],
+    ids=lambda x: x.describe() if isinstance(x, ParallelLayout) else str(x),
+)
+def test_lengths_are_rounded_up_to_what_the_layout_can_split(layout: ParallelLayout, multiple: int) -> None:
+    for longest in range(1, 40):
+        assert padded_length(longest, layout) == next(size for size in range(longest, longest + multiple) if size % multiple == 0)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(LENGTHS, st.integers(1, 4))
+def test_context_windows_hold_every_position_once_and_count_it_anew(lengths: list[tuple[int, int]], size: int) -> None:
+    texts = texts_of(lengths)
+    layout = ParallelLayout(context=size)
+    whole = padded(texts, length=padded_length(max(prompt + response for prompt, response in lengths), layout))
+    windows = [whole.context_window(size=size, rank=rank) for rank in range(size)]
+    columns = torch.cat([local_positions(whole.tokens_BS.size(1), size, rank) for rank in range(size)])
+    assert sorted(columns.tolist()) == list(range(whole.tokens_BS.size(1)))
+    assert torch.equal(torch.cat([window.tokens_BS for window in windows], dim=1), whole.tokens_BS[:, columns])
+    assert sorted(torch.cat([window.target_T for window in windows]).tolist()) == sorted(whole.target_T.tolist())
+    for window in windows:
+        # Ids are unique, so the token at a scored place tells which position it is: the one before its target.
+        tokens_T = window.tokens_BS.flatten()[window.scored_T]
+        assert torch.equal(tokens_T + 1, window.target_T)
+        assert torch.equal(window.sampled_logp_T, -window.target_T.float())
 
 
 def test_an_empty_response_has_no_scored_position() -> None:

@@ -1,0 +1,37 @@
+"""Context parallelism: which positions of a padded sequence a rank holds.
+
+S positions are cut into 2C chunks, and context rank c holds chunks c and 2C-1-c: under a causal mask every rank then has the same work.
+Megatron-Core cuts its rotary embedding the same way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from opd_megatron.config import ParallelLayout
+
+
+def length_multiple(layout: ParallelLayout) -> int:
+    """Return what a padded length must be a multiple of: two chunks for every context rank, each split over the tensor group under sequence parallelism."""
+    chunks = 2 * layout.context if layout.context > 1 else 1
+    return chunks * (layout.tensor if layout.sequence else 1)
+
+
+def padded_length(longest: int, layout: ParallelLayout) -> int:
+    """Return `longest` rounded up to what the layout can split."""
+    multiple = length_multiple(layout)
+    return -(-longest // multiple) * multiple
+
+
+def context_rank(position_R: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """Return the context rank [R] that holds each position of a sequence of `length` positions."""
+    if size == 1:
+        return torch.zeros_like(position_R)
+    chunk_R = position_R // (length // (2 * size))
+    return torch.minimum(chunk_R, 2 * size - 1 - chunk_R)
+
+
+def local_positions(length: int, size: int, rank: int) -> torch.Tensor:
+    """Return the positions [S / C] that a context rank holds, in order."""
+    position_S = torch.arange(length)
+    return position_S[context_rank(position_S, length, size) == rank]
