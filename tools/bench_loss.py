@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -182,9 +181,11 @@ def _work(case: SimpleNamespace) -> dict[str, float]:
     if case.what == "error":
         return {"gradient_error": max(((value.double() - reference).norm() / reference.norm()).item() for value, reference in zip(step(), exact))}
     if case.what == "memory":
-        before = _peak_bytes(reset=True)
+        from opd_megatron.parallel.offload import peak_bytes, start_peak
+
+        before = start_peak()
         step()
-        return {"peak_mib": (_peak_bytes() - before) / 2**20}
+        return {"peak_mib": (peak_bytes() - before) / 2**20}
     seconds = []
     for _ in range(case.repeats + 1):
         if group is not None:
@@ -193,17 +194,6 @@ def _work(case: SimpleNamespace) -> dict[str, float]:
         step()
         seconds.append(time.perf_counter() - start)
     return {"ms": 1000 * min(seconds[1:])}
-
-
-def _peak_bytes(reset: bool = False) -> int:
-    """Return the largest resident size so far; with `reset`, forget it first where Linux allows and return the present size."""
-    if reset:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:" if reset else "VmHWM:"))
 
 
 def _problem(num_tokens: int, case: SimpleNamespace) -> list[Any]:

@@ -80,7 +80,8 @@ class TeacherConfig:
     hf: str | None = None
     checkpoint: str | None = None
     layout: ParallelLayout = field(default_factory=ParallelLayout)
-    placement: Literal["colocated"] = "colocated"
+    # offloaded: the weights wait in pinned host memory while the student writes and trains.
+    placement: Literal["colocated", "offloaded"] = "colocated"
     # At start, the student's own weights are scored through the teacher's path: the divergence must be 0.
     self_test: bool = True
     # Sequences of similar length scored at once by one replica.
@@ -203,6 +204,8 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     clip_grad: float = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
+    # Keep optimizer state on the host, and no gradient buffers, while the student writes and the teacher scores.
+    offload_optimizer: bool = False
     # A step whose loss or gradient is not finite changes nothing; this many in a row end the run.
     max_skipped_steps: int = 5
 

@@ -6,7 +6,8 @@ student's padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from opd_megatron.models.gpt import DTYPES, build_gpt
 from opd_megatron.models.weights import WeightSource, load_head_slice, load_model
 from opd_megatron.parallel.context import padded_length
 from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.parallel.offload import Offloaded
 from opd_megatron.parallel.payload import deliver, plan_payload
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
@@ -37,6 +39,7 @@ class Teacher:
         student_padded_vocab: int,
         precision: Literal["bf16", "fp32"],
         micro_batch: int,
+        placement: Literal["colocated", "offloaded"],
         device: torch.device,
     ) -> None:
         self.architecture = source.architecture
@@ -55,6 +58,19 @@ class Teacher:
         self.model.requires_grad_(False)
         self.model.eval()
         self.payload_bytes = 0
+        self.offloaded = _offload(self.model) if placement == "offloaded" else None
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Have the weights where they are computed with; an offloaded teacher's leave again afterwards."""
+        if self.offloaded is None:
+            yield
+            return
+        self.offloaded.arrive()
+        try:
+            yield
+        finally:
+            self.offloaded.leave()
 
     def score(self, rollouts: Rollouts) -> dict[int, torch.Tensor]:
         """Return {sample index: hidden states [R, G]} for the samples of this rank's student replica; empty before the last stage.
@@ -67,7 +83,8 @@ class Teacher:
             rollouts.samples, self.groups.grid, self._own_places(rollouts, batches), self.student_groups.grid, self._student_places(rollouts)
         )
         plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
-        held = self._pieces_of(pieces, self._hidden_rows(rollouts, batches[self.groups.data_rank]))
+        with self.on_device():
+            held = self._pieces_of(pieces, self._hidden_rows(rollouts, batches[self.groups.data_rank]))
         width = self.architecture.hidden_size
         self.payload_bytes = plan.sent_rows() * width * self.dtype.itemsize
         needed = [index for index, piece in enumerate(pieces) if dist.get_rank() in piece.needers]
@@ -130,3 +147,13 @@ class Teacher:
             parts[pieces[index].sample].append(rows_RG)
         nothing = torch.empty(0, self.architecture.hidden_size, dtype=self.dtype, device=self.device)
         return {index: torch.cat(rows) if rows else nothing for index, rows in parts.items()}
+
+
+def _offload(model: GPTModel) -> Offloaded:
+    """Move a frozen model's weights to the host. Where they come back on a stream of their own, each module waits for its own weights only."""
+    offloaded = Offloaded(list(model.parameters()), frozen=True)
+    offloaded.leave()
+    for module in model.modules():
+        if own := list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda *_, own=own: offloaded.wait_for(own))
+    return offloaded

@@ -80,7 +80,8 @@ class CheckpointFolder:
         # A synchronous save writes in this process; Megatron's default queue would start a manager process on every rank.
         filesystem_async._results_queue = queue.Queue()
         try:
-            dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial), content_metadata=dict(_SHARDING))
+            with student.optimizer_on_device():
+                dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial), content_metadata=dict(_SHARDING))
         except CheckpointException as error:
             # Megatron-Core tells every rank when any of them could not write; the reason is known where it happened.
             if dist.get_rank() == 0:
@@ -95,6 +96,12 @@ class CheckpointFolder:
         """Fill the student's weights and optimizer; return where the run stood. ValueError if the checkpoint is another model's, or damaged."""
         with shared_errors():
             progress = self._open(student, checkpoint)
+        with student.optimizer_on_device():
+            self._fill(student, checkpoint)
+        student.scheduler.step(increment=progress.step)
+        return progress
+
+    def _fill(self, student: Student, checkpoint: Path) -> None:
         prime_adam(student.optimizer)
         wanted = _sharded_state(student, is_loading=True)
         with shared_errors():
@@ -108,8 +115,6 @@ class CheckpointFolder:
         with shared_errors():
             if not (has_finite_state(student.optimizer) and all(bool(parameter.isfinite().all()) for parameter in student.model.parameters())):
                 raise ValueError(f"{checkpoint} is damaged: weights or moments in it are not finite; {self._way_out(checkpoint)}")
-        student.scheduler.step(increment=progress.step)
-        return progress
 
     def _open(self, student: Student, checkpoint: Path) -> Progress:
         """Return a checkpoint's progress after a look at its headers."""

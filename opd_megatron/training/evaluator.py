@@ -30,8 +30,10 @@ class Evaluator:
 
     def measure_teacher(self) -> None:
         """Record the accuracy to compare with; the teacher generates in its own layout."""
-        if self._parts.teacher is not None and self._config.evaluation.teacher:
-            self._measure("teacher", self._teacher_sampler(self._parts.teacher), self._parts.teacher.groups, step=0)
+        teacher = self._parts.teacher
+        if teacher is not None and self._config.evaluation.teacher:
+            with teacher.on_device():
+                self._measure("teacher", self._teacher_sampler(teacher), teacher.groups, step=0)
 
     def _teacher_sampler(self, teacher: Teacher) -> Sampler:
         vocab_size, eos_ids, batch = self._sources.vocab_size, self._sources.eos_ids, self._config.rollout.batch_sequences

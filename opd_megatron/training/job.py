@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "loss.chunk_tokens",
     "training.steps",
     "training.micro_batch",
+    "training.offload_optimizer",
     "training.max_skipped_steps",
     "checkpoint",
     "evaluation",

@@ -69,6 +69,17 @@ def clip_and_update(optimizer: ChainedOptimizer, norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
+def optimizer_state(optimizer: ChainedOptimizer) -> list[torch.Tensor]:
+    """Return what the optimizer keeps beside the model's weights: moments, and fp32 master weights where the model has others."""
+    tensors: list[torch.Tensor] = []
+    for part in optimizer.chained_optimizers:
+        inner = getattr(part, "optimizer", None)
+        states = inner.state.values() if inner is not None else ()
+        tensors += [value for state in states for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
+        tensors += [master for group in getattr(part, "shard_fp32_from_float16_groups", ()) for master in group if master is not None]
+    return tensors
+
+
 def prime_adam(optimizer: ChainedOptimizer) -> None:
     """Give PyTorch's Adam its state before a checkpoint is laid over it: DistributedOptimizer.state_dict reads every 'step'."""
     for state, parameter in _adam_states(optimizer):

@@ -116,6 +116,7 @@ def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources,
             student_padded_vocab=student.padded_vocab,
             precision=config.training.precision,
             micro_batch=settings.micro_batch,
+            placement=settings.placement,
             device=student.device,
         )
 

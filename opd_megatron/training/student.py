@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,10 @@ from opd_megatron.losses.fused_head import FusedDivergence
 from opd_megatron.models.gpt import build_gpt, head_weight, hidden_states_only
 from opd_megatron.models.weights import WeightSource, load_model
 from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.parallel.offload import Offloaded
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.training.objective import MicroBatch, Objective
-from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm
+from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm, optimizer_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,37 @@ class Student:
         self.ddp = DistributedDataParallel(self.model.config, ddp_config, wrapped)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.training)
+        self._offloads = config.training.offload_optimizer
+        self._offloaded: Offloaded | None = None
+        self._leave()
+
+    @contextmanager
+    def optimizer_on_device(self) -> Iterator[None]:
+        """Have the optimizer's state and the gradient buffers where they are computed with; `training.offload_optimizer` keeps them away otherwise."""
+        if self._offloaded is not None:
+            self._offloaded.arrive()
+            self.ddp.restore_grad_buffers()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._offloads:
+            return
+        state = optimizer_state(self.optimizer)
+        # Adam makes its moments in its first step, and a checkpoint brings others.
+        if self._offloaded is None or not self._offloaded.holds(state):
+            self._offloaded = Offloaded(state, frozen=False)
+        self._offloaded.leave()
+        self.ddp.offload_grad_buffers()
 
     def train_step(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> tuple[LossSums, float, bool]:
         """Return (sums, gradient norm, updated). A loss or gradient that is not finite changes no weight; all ranks decide alike."""
+        with self.optimizer_on_device():
+            return self._update(micro_batches, objective)
+
+    def _update(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> tuple[LossSums, float, bool]:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run_schedule(micro_batches, objective, forward_only=False)

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptSet
+from opd_megatron.parallel.offload import peak_bytes, start_peak
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.training.batching import make_micro_batches
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
@@ -48,6 +50,7 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self._seconds: dict[str, float] = {}
+        self._peak_bytes: dict[str, int] = {}
         self._saved_step = progress.step
 
     def run(self) -> Literal["finished", "interrupted"]:
@@ -77,11 +80,11 @@ class Trainer:
         """One optimizer step; returns its metrics, equal on every rank."""
         started = time.perf_counter()
         prompts = self.prompts.batch(step - 1, self.config.data.batch_prompts, self.config.seed)
-        with self._timed("rollout"):
+        with self._measured("rollout"):
             rollouts = self.write(step, prompts)
-        with self._timed("teacher"):
+        with self._measured("teacher"):
             teacher_hidden = self.teacher.score(rollouts) if self.teacher is not None else {}
-        with self._timed("train"):
+        with self._measured("train"):
             sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_hidden), self.objective)
         self._advance(step, updated, sums.loss, norm)
         return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started)}
@@ -105,6 +108,7 @@ class Trainer:
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
             "tokens_per_second": sum(sample.num_tokens for sample in samples) / step_seconds,
             **{f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()},
+            **{f"{phase}_peak_bytes": num_bytes for phase, num_bytes in self._peaks_of_all_ranks().items()},
             "step_seconds": step_seconds,
         }
 
@@ -129,9 +133,18 @@ class Trainer:
         return every_steps > 0 and self.progress.step % every_steps == 0
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def _measured(self, phase: str) -> Iterator[None]:
+        """Keep how long a phase took on this rank, and the most memory it had in use."""
         torch.cuda.synchronize()
         started = time.perf_counter()
+        start_peak()
         yield
         torch.cuda.synchronize()
         self._seconds[phase] = time.perf_counter() - started
+        self._peak_bytes[phase] = peak_bytes()
+
+    def _peaks_of_all_ranks(self) -> dict[str, int]:
+        """Return the largest peak of any rank, by phase."""
+        peaks = torch.tensor(list(self._peak_bytes.values()), dtype=torch.int64, device=self.student.device)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        return dict(zip(self._peak_bytes, peaks.tolist(), strict=True))

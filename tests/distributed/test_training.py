@@ -6,6 +6,7 @@ Not covered: GPUs, bf16 across layouts (its rounding differs by design), more th
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ from opd_megatron.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.job import run_in_world
+from opd_megatron.training.optimizer import optimizer_state
+from opd_megatron.training.student import Student
+from opd_megatron.training.writers import OnPolicy
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -123,6 +128,49 @@ def test_other_kinds_of_loss_train_alike_in_every_layout(models: Path, recorded:
     for ours, reference in zip(four, one, strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+
+
+def _offloaded_bytes(config: RunConfig, run: Path) -> list[tuple[int, int]]:
+    """Train; return the bytes that teacher and optimizer hold whenever the student begins to write."""
+    held = []
+    write = OnPolicy.__call__
+
+    def watched(self: OnPolicy, *args: Any) -> Any:
+        holders = [found for found in gc.get_objects() if type(found) in (Teacher, Student)]
+        teacher = next(found for found in holders if isinstance(found, Teacher))
+        student = next(found for found in holders if isinstance(found, Student))
+        assert teacher.offloaded is not None
+        moments = sum(tensor.untyped_storage().nbytes() for tensor in optimizer_state(student.optimizer))
+        held.append((teacher.offloaded.device_bytes, moments + sum(buffer.grad_data.untyped_storage().nbytes() for buffer in student.ddp.buffers)))
+        return write(self, *args)
+
+    OnPolicy.__call__ = watched  # type: ignore[method-assign]
+    try:
+        run_in_world("test", config, run, torch.device("cpu"))
+    finally:
+        OnPolicy.__call__ = write  # type: ignore[method-assign]
+    return held
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_offloaded_is_away_while_the_student_writes_and_changes_nothing(models: Path, pool: RankPool, tmp_path: Path, precision: str) -> None:
+    """Bit for bit, across a stop and a resume: values only travel."""
+    config = _config(models, tensor=2)
+    training = dataclasses.replace(config.training, precision=precision, steps=3)
+    config = dataclasses.replace(config, training=training, checkpoint=CheckpointConfig(every_steps=2))
+    pool.run(_job, config, tmp_path / "resident", world_size=2)
+    assert config.teacher is not None
+    config = dataclasses.replace(
+        config, teacher=dataclasses.replace(config.teacher, placement="offloaded"), training=dataclasses.replace(training, offload_optimizer=True)
+    )
+    pool.run(_stop_after, config, tmp_path / "offloaded", 2, world_size=2)
+    for held in pool.run(_offloaded_bytes, config, tmp_path / "offloaded", world_size=2):
+        assert held == [(0, 0)]
+    for ours, reference in zip(_metrics(tmp_path / "offloaded"), _metrics(tmp_path / "resident"), strict=True):
+        assert {key: ours[key] for key in ("loss", "grad_norm")} == {key: reference[key] for key in ("loss", "grad_norm")}
+        assert all(ours[f"{phase}_peak_bytes"] > 0 for phase in ("rollout", "teacher", "train"))
+    whole, parts = _state(tmp_path / "resident"), _state(tmp_path / "offloaded")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "CP2xPP2, teacher CP2", "TP2xPP2+SP, teacher PP2"])
