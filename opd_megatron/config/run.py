@@ -80,8 +80,12 @@ class TeacherConfig:
     hf: str | None = None
     checkpoint: str | None = None
     layout: ParallelLayout = field(default_factory=ParallelLayout)
-    # offloaded: the weights wait in pinned host memory while the student writes and trains.
-    placement: Literal["colocated", "offloaded"] = "colocated"
+    # colocated: on the student's ranks. offloaded: there too, its weights in pinned host memory while the student writes and trains.
+    # dedicated: on the last `num_ranks` ranks of the job, which hold nothing of the student.
+    placement: Literal["colocated", "offloaded", "dedicated"] = "colocated"
+    num_ranks: int | None = None
+    # Dedicated: how many updates the policy that wrote a batch may be behind. With 1 the teacher scores the next batch while the student trains.
+    staleness: int = 0
     # At start, the student's own weights are scored through the teacher's path: the divergence must be 0.
     self_test: bool = True
     # Sequences of similar length scored at once by one replica.
@@ -91,6 +95,11 @@ class TeacherConfig:
         _require(self.micro_batch >= 1, f"teacher.micro_batch={self.micro_batch} must be at least 1")
         named = f"teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}"
         _require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: {named}; set the other to null")
+        dedicated = self.placement == "dedicated"
+        _require(dedicated == (self.num_ranks is not None), f"teacher.num_ranks={self.num_ranks} goes with teacher.placement=dedicated, not {self.placement}")
+        _require(self.num_ranks is None or self.num_ranks >= 1, f"teacher.num_ranks={self.num_ranks} must be at least 1")
+        _require(self.staleness in (0, 1), f"teacher.staleness={self.staleness} must be 0 or 1")
+        _require(dedicated or self.staleness == 0, f"teacher.staleness={self.staleness} needs teacher.placement=dedicated: else nothing runs side by side")
         _require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
 
 
@@ -300,13 +309,20 @@ class RunConfig:
         """Sequences of one optimizer step."""
         return self.data.batch_prompts * (self.rollout.samples_per_prompt if self.training.objective == "opd" else 1)
 
+    @property
+    def num_teacher_ranks(self) -> int:
+        """Ranks that hold the teacher and nothing of the student."""
+        return (self.teacher.num_ranks or 0) if self.teacher is not None and self.training.objective == "opd" else 0
+
     def check_world(self, world_size: int) -> None:
         """Raise ValueError unless both layouts and the batch fit `world_size` ranks."""
-        for role, model in (("student", self.student), ("teacher", self.teacher)):
+        own = self.num_teacher_ranks
+        _require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
+        for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
             if model is None:
                 continue
             try:
-                data_size = model.layout.data_size(world_size)
+                data_size = model.layout.data_size(num_ranks)
             except ValueError as error:
                 raise ValueError(f"{role}.layout: {error}") from None
             if role == "student":

@@ -57,21 +57,32 @@ def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[in
 
 
 def deliver(
-    plan: PayloadPlan, held: Mapping[int, torch.Tensor], needed: Sequence[int], *, width: int, dtype: torch.dtype, device: torch.device
+    plan: PayloadPlan,
+    held: Mapping[int, torch.Tensor],
+    needed: Sequence[int],
+    *,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
 ) -> list[torch.Tensor]:
-    """Return the tensor [R, G] of every piece in `needed`, in that order. Every rank of the plan calls this with what it holds."""
-    rank = dist.get_rank()
+    """Return the tensor [R, G] of every piece in `needed`, in that order. Every rank of the plan calls this with what it holds.
+
+    Ranks are those of `group`, by default the world.
+    """
+    # dist.get_rank(group) counts in the default group, which may be another.
+    rank = group.rank() if group is not None else dist.get_rank()
     arrived: dict[int, torch.Tensor] = {}
     for step in plan.rounds:
         operations, incoming = [], []
         for transfer in step:
             if transfer.source == rank:
                 message = torch.cat([held[piece] for piece in transfer.pieces]).to(dtype).contiguous()
-                operations.append(dist.P2POp(dist.isend, message, transfer.target))
+                operations.append(dist.P2POp(dist.isend, message, transfer.target, group))
             elif transfer.target == rank:
                 rows = [plan.num_rows[piece] for piece in transfer.pieces]
                 message = torch.empty(sum(rows), width, dtype=dtype, device=device)
-                operations.append(dist.P2POp(dist.irecv, message, transfer.source))
+                operations.append(dist.P2POp(dist.irecv, message, transfer.source, group))
                 incoming.append((transfer.pieces, rows, message))
         if operations:
             for request in dist.batch_isend_irecv(operations):

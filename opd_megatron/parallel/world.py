@@ -7,10 +7,12 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from opd_megatron.parallel.cpu import enable_cpu_backend
 
@@ -47,6 +49,58 @@ def join_world() -> torch.device:
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
     return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bridge:
+    """All ranks of the job, whichever model they serve. Where the models have ranks of their own, it is the only way between them."""
+
+    group: dist.ProcessGroup
+    rank: int
+    student_ranks: range
+    teacher_ranks: range
+
+    def tell_teacher(self, message: Any) -> None:
+        """Send the first student rank's message to the teacher's ranks; every student rank calls it."""
+        dist.broadcast_object_list([message], src=self.student_ranks[0], group=self.group)
+
+    def told_by_student(self) -> Any:
+        """Return, on a rank of the teacher's own, what the student's ranks tell."""
+        return self._receive(self.student_ranks[0])
+
+    def tell_student(self, message: Any) -> None:
+        """Send the first teacher rank's message to the student's ranks; every teacher rank calls it."""
+        dist.broadcast_object_list([message], src=self.teacher_ranks[0], group=self.group)
+
+    def told_by_teacher(self) -> Any:
+        """Return, on a student rank, what the teacher's ranks tell."""
+        return self._receive(self.teacher_ranks[0])
+
+    def _receive(self, source: int) -> Any:
+        messages = [None]
+        dist.broadcast_object_list(messages, src=source, group=self.group)
+        return messages[0]
+
+
+@contextmanager
+def worlds(num_teacher_ranks: int) -> Iterator[Bridge]:
+    """Give the teacher the last ranks of the job as a world of its own and the student the others; with 0, both share all ranks.
+
+    Inside, the default process group is that of the own world, its ranks counted from 0: Megatron-Core calls collectives over the default group while it
+    builds groups, optimizers and checkpoints, and would wait for the other model's ranks for ever.
+    """
+    everyone, size = dist.group.WORLD, dist.get_world_size()
+    assert everyone is not None
+    rank, num_student = dist.get_rank(), size - num_teacher_ranks
+    if num_teacher_ranks == 0:
+        yield Bridge(group=everyone, rank=rank, student_ranks=range(size), teacher_ranks=range(size))
+        return
+    groups = [dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT) for ranks in (range(num_student), range(num_student, size))]
+    distributed_c10d._update_default_pg(groups[rank >= num_student])
+    try:
+        yield Bridge(group=everyone, rank=rank, student_ranks=range(num_student), teacher_ranks=range(num_student, size))
+    finally:
+        distributed_c10d._update_default_pg(everyone)
 
 
 def leave_world() -> None:

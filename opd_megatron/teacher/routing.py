@@ -1,4 +1,4 @@
-"""Which rows of which sample the teacher's ranks have, and which the student's ranks need.
+"""From the teacher's ranks, which have hidden states, to the student's, which need them.
 
 Each model cuts a step's samples its own way: over its replicas, and within a sequence over its context ranks. Where both cuts meet lies one piece.
 Every rank computes the same pieces from the lengths of the samples, which all ranks know.
@@ -6,14 +6,18 @@ Every rank computes the same pieces from the lengths of the samples, which all r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from opd_megatron.data.batches import Sample
-from opd_megatron.parallel.context import context_rank
+from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.parallel.layout import RankGrid
+from opd_megatron.parallel.payload import PayloadPlan, deliver, plan_payload
+from opd_megatron.parallel.world import Bridge
+from opd_megatron.rollout.rollouts import Rollouts
+from opd_megatron.teacher.scorer import scored_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,71 @@ class Piece:
     needers: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One step's pieces and who sends them to whom."""
+
+    pieces: tuple[Piece, ...]
+    plan: PayloadPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """The two grids, in the ranks of the whole job, and what the rows are. Every rank of the job calls `deliver` with what it has."""
+
+    teacher: RankGrid
+    student: RankGrid
+    teacher_micro_batch: int
+    width: int
+    dtype: torch.dtype
+    bridge: Bridge
+
+    def route(self, rollouts: Rollouts) -> Route:
+        """Return what travels for these samples."""
+        pieces = cut_into_pieces(rollouts.samples, self.teacher, self._teacher_places(rollouts), self.student, self._student_places(rollouts))
+        plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
+        return Route(pieces=tuple(pieces), plan=plan)
+
+    def num_bytes(self, route: Route) -> int:
+        """Return the bytes that cross between ranks."""
+        return route.plan.sent_rows() * self.width * self.dtype.itemsize
+
+    def deliver(self, route: Route, rows: Mapping[int, torch.Tensor], device: torch.device) -> dict[int, torch.Tensor]:
+        """Return {sample: its rows [R, G] in this rank's context window of the student} for the samples that have some there.
+
+        `rows` are {sample: the rows in this rank's context window of the teacher}.
+        """
+        rank, pieces = self.bridge.rank, route.pieces
+        held: dict[int, torch.Tensor] = {}
+        taken = dict.fromkeys(rows, 0)
+        for index, piece in enumerate(pieces):
+            # The pieces on this rank follow each other in every sample.
+            if piece.sample in rows and rank in piece.holders:
+                first = taken[piece.sample]
+                held[index] = rows[piece.sample][first : first + piece.num_rows]
+                taken[piece.sample] = first + piece.num_rows
+        needed = [index for index, piece in enumerate(pieces) if rank in piece.needers]
+        parts: dict[int, list[torch.Tensor]] = {}
+        for index, rows_RG in zip(
+            needed, deliver(route.plan, held, needed, width=self.width, dtype=self.dtype, device=device, group=self.bridge.group), strict=True
+        ):
+            parts.setdefault(pieces[index].sample, []).append(rows_RG)
+        return {sample: torch.cat(rows) for sample, rows in parts.items()}
+
+    def _teacher_places(self, rollouts: Rollouts) -> list[Place]:
+        places: dict[int, Place] = {}
+        for replica in range(self.teacher.data_size):
+            for batch in scored_together(rollouts, replica, self.teacher.data_size, self.teacher_micro_batch):
+                length = padded_length(max(rollouts.samples[index].num_tokens for index in batch), self.teacher.layout)
+                places |= dict.fromkeys(batch, Place(replica=replica, length=length))
+        return [places[index] for index in range(len(rollouts.samples))]
+
+    def _student_places(self, rollouts: Rollouts) -> list[Place]:
+        size = self.student.data_size
+        length = padded_length(rollouts.longest, self.student.layout)
+        return [Place(replica=replica, length=length) for replica in range(size) for _ in rollouts.share(replica, size)]
+
+
 def cut_into_pieces(
     samples: Sequence[Sample], teacher: RankGrid, teacher_places: Sequence[Place], student: RankGrid, student_places: Sequence[Place]
 ) -> list[Piece]:
@@ -46,12 +115,6 @@ def cut_into_pieces(
         )
         owners, counts = torch.unique_consecutive(owner_R2, dim=0, return_counts=True)
         for (teacher_context, student_context), num_rows in zip(owners.tolist() or [(0, 0)], counts.tolist() or [0], strict=True):
-            pieces.append(
-                Piece(
-                    sample=index,
-                    num_rows=num_rows,
-                    holders=tuple(teacher.last_stage_ranks(theirs.replica, teacher_context)),
-                    needers=tuple(student.last_stage_ranks(ours.replica, student_context)),
-                )
-            )
+            holders, needers = teacher.last_stage_ranks(theirs.replica, teacher_context), student.last_stage_ranks(ours.replica, student_context)
+            pieces.append(Piece(sample=index, num_rows=num_rows, holders=tuple(holders), needers=tuple(needers)))
     return pieces

@@ -2,55 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from opd_megatron.config import RunConfig
 from opd_megatron.evaluation.accuracy import evaluate
-from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.sampling import SamplingSettings
-from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.recorder import Recorder
-from opd_megatron.training.setup import Parts, Sources
+from opd_megatron.training.setup import Parts, Sources, make_sampler
 
 
 class Evaluator:
-    """Every rank calls it alike; without held-out prompts it does nothing."""
+    """Every rank of the student calls it alike; without held-out prompts it does nothing."""
 
     def __init__(self, config: RunConfig, sources: Sources, parts: Parts, recorder: Recorder) -> None:
         self._config = config
         self._sources = sources
         self._parts = parts
         self._recorder = recorder
-        self._settings = SamplingSettings(
-            max_response_tokens=config.evaluation.max_response_tokens or config.rollout.max_response_tokens, temperature=config.evaluation.temperature
-        )
 
     def measure_student(self, step: int) -> None:
         """Record the accuracy of the weights after `step` steps."""
-        self._measure("student", self._parts.sampler, self._parts.student.groups, step)
+        self._record("student", step, evaluate_held_out(self._parts.sampler, self._config, self._sources))
 
     def measure_teacher(self) -> None:
-        """Record the accuracy to compare with; the teacher generates in its own layout."""
-        teacher = self._parts.teacher
-        if teacher is not None and self._config.evaluation.teacher:
-            with teacher.on_device():
-                self._measure("teacher", self._teacher_sampler(teacher), teacher.groups, step=0)
-
-    def _teacher_sampler(self, teacher: Teacher) -> Sampler:
-        vocab_size, eos_ids, batch = self._sources.vocab_size, self._sources.eos_ids, self._config.rollout.batch_sequences
-        return Sampler(teacher.model, teacher.groups, vocab_size=vocab_size, eos_ids=eos_ids, batch_sequences=batch)
-
-    def _measure(self, who: str, sampler: Sampler, groups: ModelGroups, step: int) -> None:
-        if self._sources.evaluation_prompts is None:
+        """Record the accuracy to compare with; the teacher generates in its own layout, on its own ranks where it has some."""
+        teacher, sources = self._parts.teacher, self._sources
+        if teacher is None or not self._config.evaluation.teacher or sources.evaluation_prompts is None:
             return
-        record = evaluate(
-            sampler,
-            groups,
-            self._sources.evaluation_prompts.prompts,
-            self._sources.tokenizer,
-            self._sources.grader,
-            self._settings,
-            samples_per_prompt=self._config.evaluation.samples_per_prompt,
-            seed=self._config.seed,
-        )
+        if teacher.scorer is None:
+            self._record("teacher", 0, teacher.evaluate())
+        else:
+            with teacher.scorer.on_device():
+                sampler = make_sampler(teacher.scorer.model, teacher.scorer.groups, self._config, sources)
+                self._record("teacher", 0, evaluate_held_out(sampler, self._config, sources))
+
+    def _record(self, who: str, step: int, record: dict[str, Any] | None) -> None:
         if record is not None:
             self._recorder.log_evaluation({"step": step, "who": who, **record})
+
+
+def evaluate_held_out(sampler: Sampler, config: RunConfig, sources: Sources) -> dict[str, Any] | None:
+    """Return accuracy and examples on rank 0 of the sampler's world; None elsewhere, and without held-out prompts."""
+    if sources.evaluation_prompts is None:
+        return None
+    settings = SamplingSettings(
+        max_response_tokens=config.evaluation.max_response_tokens or config.rollout.max_response_tokens, temperature=config.evaluation.temperature
+    )
+    return evaluate(
+        sampler,
+        sampler.groups,
+        sources.evaluation_prompts.prompts,
+        sources.tokenizer,
+        sources.grader,
+        settings,
+        samples_per_prompt=config.evaluation.samples_per_prompt,
+        seed=config.seed,
+    )

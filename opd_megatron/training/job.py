@@ -11,14 +11,16 @@ import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
 from opd_megatron.models.weights import CheckpointWeights, export_hf
-from opd_megatron.parallel.world import agreed_by_rank_0, join_world, leave_world, shared_errors
+from opd_megatron.parallel.world import Bridge, agreed_by_rank_0, join_world, leave_world, shared_errors, worlds
 from opd_megatron.reporting.report import write_report
 from opd_megatron.reporting.run_directory import RunDirectory, Status
+from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Sources, build_parts, describe_data, open_sources
 from opd_megatron.training.signals import StopRequest
+from opd_megatron.training.teacher_ranks import serve
 from opd_megatron.training.trainer import Trainer
 
 # What a continued run may set anew: where and how fast it runs, how often it looks, how long it goes on. Not what it learns.
@@ -28,6 +30,8 @@ MAY_CHANGE = (
     "student.vocab_multiple",
     "teacher.layout",
     "teacher.placement",
+    "teacher.num_ranks",
+    "teacher.staleness",
     "teacher.self_test",
     "teacher.micro_batch",
     "rollout.batch_sequences",
@@ -55,9 +59,30 @@ def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.de
     stop = StopRequest(device)
     # Models, tokenizers and data are opened before the run directory is touched: a mistake in them leaves nothing behind.
     sources = open_sources(config)
+    with worlds(config.num_teacher_ranks) as bridge:
+        if bridge.rank not in bridge.student_ranks:
+            return serve(config, sources, bridge, device)
+        try:
+            status = _run_student(recipe, config, sources, run_dir, bridge, device, stop)
+        except ValueError:
+            _let_teacher_go(bridge, "refused")
+            raise
+        _let_teacher_go(bridge, status)
+        return status
+
+
+def _let_teacher_go(bridge: Bridge, status: Literal["finished", "interrupted", "refused"]) -> None:
+    """Tell ranks that hold nothing of the student how the run ended."""
+    if bridge.teacher_ranks != bridge.student_ranks:
+        bridge.tell_teacher(Leave(status=status))
+
+
+def _run_student(
+    recipe: str, config: RunConfig, sources: Sources, run_dir: Path, bridge: Bridge, device: torch.device, stop: StopRequest
+) -> Literal["finished", "interrupted"]:
     directory = _open_directory(recipe, config, run_dir)
     try:
-        status = _train(config, sources, directory, device, stop)
+        status = _train(config, sources, directory, bridge, device, stop)
         _write_status(directory, status)
     except ValueError:
         if dist.get_rank() == 0 and not directory.step_back():
@@ -82,12 +107,14 @@ def _open_directory(recipe: str, config: RunConfig, run_dir: Path) -> RunDirecto
     return directory
 
 
-def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device: torch.device, stop: StopRequest) -> Literal["finished", "interrupted"]:
+def _train(
+    config: RunConfig, sources: Sources, directory: RunDirectory, bridge: Bridge, device: torch.device, stop: StopRequest
+) -> Literal["finished", "interrupted"]:
     """Load, resume, train, and on the last step export and report."""
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
     latest = agreed_by_rank_0(checkpoints.latest())
     _note(describe_data(sources))
-    parts = build_parts(config, sources, directory.path, device, _note)
+    parts = build_parts(config, sources, directory.path, bridge, device, _note)
     progress = Progress(data_fingerprint=sources.prompts.fingerprint)
     if latest is not None:
         progress = checkpoints.load(parts.student, latest)
@@ -101,8 +128,14 @@ def _train(config: RunConfig, sources: Sources, directory: RunDirectory, device:
         evaluator = Evaluator(config, sources, parts, recorder)
         trainer = Trainer(config, sources.prompts, parts, recorder, evaluator, checkpoints, progress, stop)
         status = trainer.run()
+    except ValueError:
+        if parts.teacher is not None:
+            parts.teacher.drain()
+        raise
     finally:
         recorder.close()
+    if parts.teacher is not None:
+        parts.teacher.drain()
     if status == "finished":
         _export(checkpoints, directory)
     else:

@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.config import DataConfig, RunConfig, TeacherConfig
 from opd_megatron.data.prompts import Prompt, PromptSet, load_prompts, with_targets
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer
 from opd_megatron.evaluation.graders import check_gradable, make_grader
+from opd_megatron.models.gpt import DTYPES
 from opd_megatron.models.hf_folder import stop_token_ids
 from opd_megatron.models.weights import WeightSource, open_weights
-from opd_megatron.parallel.groups import student_groups, teacher_groups
-from opd_megatron.parallel.world import shared_errors
+from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_groups
+from opd_megatron.parallel.layout import RankGrid
+from opd_megatron.parallel.world import Bridge, shared_errors
 from opd_megatron.rollout.engine import Sampler
+from opd_megatron.teacher.routing import Router
+from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.objective import Distillation, Objective, SupervisedFineTuning
 from opd_megatron.training.self_test import check_self_divergence
@@ -85,13 +90,13 @@ def open_sources(config: RunConfig) -> Sources:
     )
 
 
-def build_parts(config: RunConfig, sources: Sources, run_dir: Path, device: torch.device, note: Callable[[str], None]) -> Parts:
-    """Create groups, load both models onto them, and prove the teacher's path before anything is trained."""
+def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Bridge, device: torch.device, note: Callable[[str], None]) -> Parts:
+    """Create the student's groups, load what its ranks hold of both models, and prove the teacher's path before anything is trained."""
     groups = student_groups(config.student.layout, config.seed)
     note(groups.picture("student"))
     student = Student(config, sources.student, groups, device)
-    teacher = _build_teacher(config, config.teacher, sources, student, note) if sources.teacher is not None and config.teacher is not None else None
-    sampler = Sampler(student.model, groups, vocab_size=sources.vocab_size, eos_ids=sources.eos_ids, batch_sequences=config.rollout.batch_sequences)
+    teacher = _build_teacher(config, config.teacher, sources, student, bridge, note) if sources.teacher is not None and config.teacher is not None else None
+    sampler = make_sampler(student.model, groups, config, sources)
     return Parts(
         student=student,
         teacher=teacher,
@@ -101,32 +106,53 @@ def build_parts(config: RunConfig, sources: Sources, run_dir: Path, device: torc
     )
 
 
-def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources, student: Student, note: Callable[[str], None]) -> Teacher:
+def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources, student: Student, bridge: Bridge, note: Callable[[str], None]) -> Teacher:
     """Return the teacher; with `self_test`, first load the student's weights in its place and let them be scored."""
     assert sources.teacher is not None
-    groups = teacher_groups(settings.layout)
-    note(groups.picture("teacher"))
+    groups = teacher_groups(settings.layout) if settings.placement != "dedicated" else None
+    note(make_router(sources.teacher, config, bridge).teacher.picture("teacher"))
 
     def load(source: WeightSource) -> Teacher:
         """Return a frozen teacher with these weights, on the teacher's groups, its head cut as the student's vocabulary is."""
-        return Teacher(
-            source,
-            groups,
-            student.groups,
-            student_padded_vocab=student.padded_vocab,
-            precision=config.training.precision,
-            micro_batch=settings.micro_batch,
-            placement=settings.placement,
-            device=student.device,
-        )
+        scorer = make_scorer(source, config, groups, student.device) if groups is not None else None
+        router = make_router(source, config, bridge)
+        return Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=student.device)
 
     if settings.self_test:
         own_weights = load(sources.student)
         objective = _make_objective(config, student, own_weights, sources.vocab_size)
         divergence = check_self_divergence(student, own_weights, objective, sources.prompts.prompts)
         note(f"self-test: the student's own weights as teacher diverge by {divergence:.1e} nats a token")
+        own_weights.leave()
         del own_weights, objective
     return load(sources.teacher)
+
+
+def make_scorer(source: WeightSource, config: RunConfig, groups: ModelGroups, device: torch.device) -> Scorer:
+    """Return this rank's part of a frozen model as the configuration wants its teacher."""
+    assert config.teacher is not None
+    offloaded = config.teacher.placement == "offloaded"
+    precision = config.training.precision
+    return Scorer(source, groups, precision=precision, micro_batch=config.teacher.micro_batch, offloaded=offloaded, device=device)
+
+
+def make_router(source: WeightSource, config: RunConfig, bridge: Bridge) -> Router:
+    """Return the way from the teacher's ranks to the student's; the same on all of them."""
+    assert config.teacher is not None
+    ours, theirs = bridge.student_ranks, bridge.teacher_ranks
+    return Router(
+        teacher=RankGrid(layout=config.teacher.layout, num_ranks=len(theirs), first_rank=theirs[0]),
+        student=RankGrid(layout=config.student.layout, num_ranks=len(ours), first_rank=ours[0]),
+        teacher_micro_batch=config.teacher.micro_batch,
+        width=source.architecture.hidden_size,
+        dtype=DTYPES[config.training.precision],
+        bridge=bridge,
+    )
+
+
+def make_sampler(model: GPTModel, groups: ModelGroups, config: RunConfig, sources: Sources) -> Sampler:
+    """Return one model as a writer."""
+    return Sampler(model, groups, vocab_size=sources.vocab_size, eos_ids=sources.eos_ids, batch_sequences=config.rollout.batch_sequences)
 
 
 def _make_objective(config: RunConfig, student: Student, teacher: Teacher | None, vocab_size: int) -> Objective:

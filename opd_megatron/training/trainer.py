@@ -49,6 +49,8 @@ class Trainer:
         self.checkpoints = checkpoints
         self.progress = progress
         self.stop = stop
+        self._writes_ahead = config.teacher is not None and config.teacher.staleness > 0 and self.teacher is not None
+        self._written: Rollouts | None = None
         self._seconds: dict[str, float] = {}
         self._peak_bytes: dict[str, int] = {}
         self._saved_step = progress.step
@@ -79,15 +81,26 @@ class Trainer:
     def step(self, step: int) -> dict[str, float | int]:
         """One optimizer step; returns its metrics, equal on every rank."""
         started = time.perf_counter()
-        prompts = self.prompts.batch(step - 1, self.config.data.batch_prompts, self.config.seed)
-        with self._measured("rollout"):
-            rollouts = self.write(step, prompts)
+        if self._written is None:
+            self._write(step)
+        rollouts, self._written = self._written, None
+        assert rollouts is not None
         with self._measured("teacher"):
-            teacher_hidden = self.teacher.score(rollouts) if self.teacher is not None else {}
+            teacher_hidden = self.teacher.fetch() if self.teacher is not None else {}
+        if self._writes_ahead and step < self.config.training.steps:
+            self._write(step + 1)
         with self._measured("train"):
             sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_hidden), self.objective)
         self._advance(step, updated, sums.loss, norm)
         return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started)}
+
+    def _write(self, step: int) -> None:
+        """Have a step's samples written, and the teacher asked for their scores."""
+        prompts = self.prompts.batch(step - 1, self.config.data.batch_prompts, self.config.seed)
+        with self._measured("rollout"):
+            self._written = self.write(step, prompts, self.progress.step)
+        if self.teacher is not None:
+            self.teacher.ask(self._written)
 
     def _metrics(self, rollouts: Rollouts, sums: LossSums, norm: float, step_seconds: float) -> dict[str, float | int]:
         samples, response_tokens = rollouts.samples, rollouts.num_response_tokens
@@ -97,6 +110,7 @@ class Trainer:
             "divergence": sums.per_token(sums.divergence),
             "student_entropy": sums.per_token(sums.entropy),
             "kept_fraction": sums.per_token(sums.weight),
+            "rollout_staleness": self.progress.step - 1 - rollouts.policy_version,
             "response_tokens": response_tokens,
             "response_length_mean": response_tokens / len(samples),
             "truncated_fraction": sum(not sample.finished for sample in samples) / len(samples),

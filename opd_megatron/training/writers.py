@@ -20,8 +20,8 @@ from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 
-# (step, its prompts) -> its samples, the same on every rank; every rank calls it.
-Writer = Callable[[int, list[Prompt]], Rollouts]
+# (step, its prompts, updates that the weights have seen) -> its samples, the same on every rank; every rank calls it.
+Writer = Callable[[int, list[Prompt], int], Rollouts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class OnPolicy:
     seed: int
     record_to: Path | None
 
-    def __call__(self, step: int, prompts: list[Prompt]) -> Rollouts:
+    def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
         rollouts = sample_rollouts(
             self.sampler,
             self.groups,
@@ -43,7 +43,7 @@ class OnPolicy:
             self.settings,
             samples_per_prompt=self.samples_per_prompt,
             key=(self.seed, step),
-            policy_version=step - 1,
+            policy_version=policy_version,
         )
         if self.record_to is not None and dist.get_rank() == 0:
             record_rollouts(rollouts, RunDirectory(self.record_to).rollout_file(step))
@@ -57,7 +57,7 @@ class Replayed:
     run: Path
     num_sequences: int
 
-    def __call__(self, step: int, prompts: list[Prompt]) -> Rollouts:
+    def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
         with shared_errors():
             rollouts = replay_rollouts(RunDirectory(self.run).rollout_file(step))
             if len(rollouts.samples) != self.num_sequences:
@@ -71,9 +71,9 @@ class ReferenceAnswers:
 
     tokenizer: Any
 
-    def __call__(self, step: int, prompts: list[Prompt]) -> Rollouts:
+    def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
         samples = [Sample(prompt.index, 0, torch.tensor(prompt.ids), torch.tensor(response_ids(prompt, self.tokenizer)), None, True) for prompt in prompts]
-        return Rollouts(tuple(samples), policy_version=step - 1)
+        return Rollouts(tuple(samples), policy_version)
 
 
 def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: ModelGroups, tokenizer: Any) -> Writer:

@@ -83,6 +83,13 @@ def recorded(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFact
     return run
 
 
+def _with_teacher(config: RunConfig, own: int | None = None, **layout: Any) -> RunConfig:
+    """Lay the teacher out; with `own`, on that many ranks of its own."""
+    assert config.teacher is not None
+    teacher = dataclasses.replace(config.teacher, layout=ParallelLayout(**layout), placement="dedicated" if own else "colocated", num_ranks=own)
+    return dataclasses.replace(config, teacher=teacher)
+
+
 LAYOUTS = {
     "TP2": ({"tensor": 2}, {}, 2),
     "TP2+SP": ({"tensor": 2, "sequence": True}, {}, 2),
@@ -97,18 +104,18 @@ LAYOUTS = {
     "CP2xTP2+SP, teacher PP2": ({"context": 2, "tensor": 2, "sequence": True}, {"pipeline": 2}, 4),
     "CP2xPP2, teacher CP2": ({"context": 2, "pipeline": 2}, {"context": 2}, 4),
     "TP2, teacher CP4": ({"tensor": 2}, {"context": 4}, 4),
+    "one rank, one of the teacher's own": ({}, {"own": 1}, 2),
+    "TP2, TP2 of the teacher's own": ({"tensor": 2}, {"tensor": 2, "own": 2}, 4),
+    "DP2, PP2 of the teacher's own": ({}, {"pipeline": 2, "own": 2}, 4),
+    "PP2, CP2 of the teacher's own": ({"pipeline": 2}, {"context": 2, "own": 2}, 4),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_same_losses_and_gradient_norms(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, teacher, world_size = LAYOUTS[name]
-    config = _config(models, **student)
-    config = dataclasses.replace(
-        config,
-        rollout=dataclasses.replace(config.rollout, replay=str(recorded)),
-        teacher=dataclasses.replace(config.teacher, layout=ParallelLayout(**teacher)),
-    )
+    config = _with_teacher(_config(models, **student), **teacher)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, replay=str(recorded)))
     pool.run(_job, config, tmp_path / "run", world_size=world_size)
     for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
         # fp32 sums in another order; 1e-5 is what the project promises.
