@@ -63,18 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few seconds: ours and torch on a tiny problem, to see that the tool works")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--quick" in given:
+        parser.set_defaults(kinds=["reverse_kl"], vocab=[512], dtypes=["float32"], functions=["fused", "torch"], tokens=32, hidden=16, repeats=1)
+    options = parser.parse_args(given)
     if options.worker:
         print(json.dumps(_work(SimpleNamespace(**json.loads(options.worker)))), flush=True)
         # Libraries leave threads and groups behind whose end would be an abort; the number is out.
         os._exit(0)
-    if options.quick:
-        quick = {"kinds": ["reverse_kl"], "vocab": [512], "dtypes": ["float32"], "functions": ["fused", "torch"], "tokens": 32, "hidden": 16, "repeats": 1}
-        vars(options).update(quick)
     sizes = {"tokens": options.tokens, "hidden": options.hidden, "repeats": options.repeats}
     for name, value in sizes.items():
         if value < 1:
             print(f"--{name}={value} must be at least 1", file=sys.stderr)
+            return 2
+    for vocab, tensor in itertools.product(options.vocab, options.tensor):
+        if vocab < 1 or vocab % tensor:
+            print(f"--vocab={vocab} must be a positive multiple of --tensor={tensor}", file=sys.stderr)
             return 2
     rows = []
     print(f"{'function':10}{'kind':12}{'V':>8}{'dtype':>10}{'TP':>4}{'ms':>10}{'peak MiB':>10}{'grad error':>12}  note", flush=True)

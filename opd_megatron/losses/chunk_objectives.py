@@ -58,14 +58,20 @@ class DivergenceObjective:
             return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
         if triton_divergence.usable_for(student.logp_TW):
             return self._by_kernels(self.divergence, student, teacher, rows, shard, scale_N)
-        evaluated = self.divergence.evaluate_(student, teacher, shard, lambda: self._riders(student, rows, shard))
+        evaluated = self.divergence.evaluate_(student, teacher, shard, lambda moved_N: self._riders(student, rows, shard, moved_N))
         grad_NW = None if scale_N is None else self.divergence.gradient(student, teacher, evaluated.chunk).mul_(scale_N[:, None])
         return _chunk_loss(evaluated, grad_NW)
 
-    def _riders(self, student: ShardSoftmax, rows: slice, shard: VocabShard) -> tuple[torch.Tensor, ...]:
-        """Return this rank's parts of the entropy's moment, and of the sampled ids' logits with a count of one."""
-        picked = () if self.sampled_ids_T is None else student.owned_logit(self.sampled_ids_T[rows], shard)
-        return student.entropy_moment(), *picked
+    def _riders(self, student: ShardSoftmax, rows: slice, shard: VocabShard, moved_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return this rank's parts of the entropy's moment, and of the sampled ids' logits with a count of one, relative to the whole vocabulary's maximum."""
+        moment_N = (student.entropy_moment() + moved_N * student.mass()) * moved_N.exp()
+        return moment_N, *self._picked(student, rows, shard, moved_N)
+
+    def _picked(self, student: ShardSoftmax, rows: slice, shard: VocabShard, moved_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.sampled_ids_T is None:
+            return ()
+        logit_N, owned_N = student.owned_logit(self.sampled_ids_T[rows], shard)
+        return (logit_N + moved_N).masked_fill_(owned_N == 0, 0), owned_N
 
     def _by_kernels(
         self, divergence: Divergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
@@ -77,25 +83,19 @@ class DivergenceObjective:
             maxima = shard.max(own.student_max_N, own.teacher_max_N)
             own = own.relative_to(*maxima)
             moment_N = own.reverse_moment_N if divergence.kind == "reverse_kl" else own.forward_moment_N
-            sums = shard.sum(moment_N, own.student_mass_N, own.teacher_mass_N, *self._raw_riders(own, student, rows, shard))
+            picked = self._picked(student, rows, shard, -own.student_max_N)
+            sums = shard.sum(moment_N, own.student_mass_N, own.teacher_mass_N, own.entropy_moment_N, *picked)
             masses = live_masses(sums[1], sums[2])
-            evaluated = Evaluated(divergence.closed_form(sums[0], *masses), RowNorms(maxima[0], maxima[1], *masses), sums[3:], masses[0])
+            evaluated = Evaluated(divergence.closed_form(sums[0], *masses), RowNorms(maxima[0], maxima[1], *masses), sums[3:], sums[1])
         else:
-            norms = gathered_norms(*own[:4], shard)
+            norms, student_mass_N = gathered_norms(*own[:4], shard)
             own = own.relative_to(norms.student_max_T, norms.teacher_max_T)
             terms = triton_divergence.term_sums(divergence, *logits, norms)
-            sums = shard.sum(*terms, *self._raw_riders(own, student, rows, shard))
-            evaluated = Evaluated(ChunkDivergence(sums[0], sums[1]), norms, sums[2:], norms.student_mass_T)
+            sums = shard.sum(*terms, own.entropy_moment_N, *self._picked(student, rows, shard, -own.student_max_N))
+            evaluated = Evaluated(ChunkDivergence(sums[0], sums[1]), norms, sums[2:], student_mass_N)
         correction_N = evaluated.chunk.correction_T
         grad_NW = None if scale_N is None else triton_divergence.gradient_(divergence, *logits, evaluated.norms, correction_N, scale_N)
         return _chunk_loss(evaluated, grad_NW)
-
-    def _raw_riders(self, own: triton_divergence.RowStatistics, student: ShardSoftmax, rows: slice, shard: VocabShard) -> tuple[torch.Tensor, ...]:
-        """Return what `_riders` does, from statistics relative to the maxima over the whole vocabulary and from logits that no one has shifted."""
-        if self.sampled_ids_T is None:
-            return (own.entropy_moment_N,)
-        logit_N, owned_N = student.owned_logit(self.sampled_ids_T[rows], shard)
-        return own.entropy_moment_N, (logit_N - own.student_max_N).masked_fill_(owned_N == 0, 0), owned_N
 
     def _over_classes(
         self, divergence: ClassDivergence, student: ShardSoftmax, teacher: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None
@@ -104,7 +104,9 @@ class DivergenceObjective:
         ids_NK = divergence.pick(student, teacher, shard, sampled_N)
         picked = () if sampled_N is None else student.owned_logit(sampled_N, shard)
         chunk, picked_N = divergence.evaluate_(student, teacher, ids_NK, shard, *picked)
-        logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(picked_N[1] == 0, math.nan) if picked_N else None
+        logp_N = None
+        if picked_N:
+            logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(chunk.student_lse_N == -math.inf, -math.inf).masked_fill_(picked_N[1] == 0, math.nan)
         gradient_NW = None if scale_N is None else divergence.gradient(student.prob_TW, chunk, shard).mul_(scale_N[:, None])
         return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW)
 
@@ -112,7 +114,7 @@ class DivergenceObjective:
 def _chunk_loss(evaluated: Evaluated, grad_NW: torch.Tensor | None) -> ChunkLoss:
     """Return the results of one chunk from the sums that rode along with its divergence."""
     moment_N, *picked_N = evaluated.riders_T
-    mass_N = evaluated.rider_mass_T
+    mass_N = evaluated.student_mass_T
     logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
     return ChunkLoss(evaluated.chunk.value_T, entropy(moment_N, mass_N), logp_N, grad_NW)
 

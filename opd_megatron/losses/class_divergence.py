@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from opd_megatron.losses.full_divergence import FULL_KINDS, Divergence, live_masses, shift_to_max_
-from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, local_ids, merged_softmax, moved_maximum
+from opd_megatron.losses.full_divergence import FULL_KINDS, Divergence, live_masses, require_clip, shift_to_max_
+from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, local_ids, merged_softmax, moved_maximum, require_count
 
 SAMPLED_KINDS = ("k1", "k3")
 TOP_K_KINDS = {
@@ -72,9 +72,9 @@ class ClassDivergence:
             return
         if self.kind not in TOP_K_KINDS:
             raise ValueError(f"kind={self.kind!r} is not known; use one of {', '.join(ALL_KINDS)}")
+        require_clip(self.pointwise_clip)
         top_k, support = DEFAULT_TOP_K if self.top_k is None else self.top_k, self.support or "teacher"
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k} must be at least 1")
+        require_count("top_k", top_k)
         if support not in ("teacher", "student"):
             raise ValueError(f"support={support!r} is not known; use teacher or student")
         object.__setattr__(self, "top_k", top_k)
@@ -117,7 +117,7 @@ class ClassDivergence:
         student_classes, student_shift_N = _class_logits(student_KN.masked_fill(nobody_KN, -math.inf), student_max_N, rest_mass_N)
         teacher_classes, _ = _class_logits(teacher_KN.masked_fill(nobody_KN, -math.inf), teacher_max_N, teacher_mass_N)
         lse_N = student_classes.logsumexp(-1)
-        entropy_N = _entropy(student_classes - lse_N[:, None], rest_mass_N, moment_N)
+        entropy_N = _entropy(student_classes - lse_N[:, None], rest_mass_N, moment_N).masked_fill_(lse_N == -math.inf, 0)
         num_classes = num_picked + self.counts_rest
         value_N, grad_NC = self._over_classes(student_classes[:, :num_classes].clone(), teacher_classes[:, :num_classes].clone())
         if self.kind in SAMPLED_KINDS:

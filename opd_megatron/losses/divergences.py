@@ -3,6 +3,7 @@
 Shapes: T tokens, W = this rank's slice of the vocabulary. Formulas: `full_divergence` and `class_divergence`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.class_divergence import ALL_KINDS, SAMPLED_KINDS, TOP_K_KINDS, ClassChunk, ClassDivergence, cut_out_
 from opd_megatron.losses.full_divergence import FULL_KINDS, ChunkDivergence, Divergence
-from opd_megatron.losses.vocab_parallel import CHUNK_MIN_TOKENS, ShardSoftmax, VocabShard, compute_dtype, require_same, token_chunks, vocab_shard
+from opd_megatron.losses.vocab_parallel import CHUNK_MIN_TOKENS, ShardSoftmax, VocabShard, compute_dtype, require_ids, require_same, token_chunks, vocab_shard
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
@@ -115,9 +116,9 @@ def _chunk_softmax(logits_TW: torch.Tensor, shard: VocabShard, temperature: floa
 
 
 def require_temperature(temperature: float) -> None:
-    """Raise ValueError unless the temperature is positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
+    """Raise ValueError unless the temperature is positive and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be positive and finite")
 
 
 def make_divergence(
@@ -133,6 +134,8 @@ def make_divergence(
     """Return the divergence of any kind; ValueError for an unknown one, an option that does not belong to it, or sampled ids that it needs and lacks."""
     if kind not in ALL_KINDS:
         raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(ALL_KINDS)}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta={beta} must be in [0, 1]")
     if kind in FULL_KINDS:
         for name, value in (("top_k", top_k), ("support", support)):
             if value is not None:
@@ -174,10 +177,8 @@ def vocab_parallel_divergence(
     not positive.
     """
     divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip, sampled_ids_T=sampled_ids_T)
-    if sampled_ids_T is not None:
-        if kind not in SAMPLED_KINDS:
-            raise ValueError(f"sampled_ids_T belongs to {' and '.join(SAMPLED_KINDS)}, not to kind={kind!r}")
-        require_same("shapes", "sampled_ids_T", tuple(sampled_ids_T.shape), "the tokens of student_logits_TW", (student_logits_TW.size(0),))
+    if sampled_ids_T is not None and kind not in SAMPLED_KINDS:
+        raise ValueError(f"sampled_ids_T belongs to {' and '.join(SAMPLED_KINDS)}, not to kind={kind!r}")
     require_temperature(temperature)
     for what, student, teacher in (
         ("shapes", tuple(student_logits_TW.shape), tuple(teacher_logits_TW.shape)),
@@ -187,6 +188,11 @@ def vocab_parallel_divergence(
         require_same(what, "student_logits_TW", student, "teacher_logits_TW", teacher)
     if student_logits_TW.dim() != 2:
         raise ValueError(f"student_logits_TW must be [tokens, columns], not of shape {tuple(student_logits_TW.shape)}")
+    if sampled_ids_T is not None:
+        require_ids("sampled_ids_T", sampled_ids_T, "student_logits_TW", student_logits_TW)
+    if teacher_logits_TW.is_inference():
+        # Such tensors cannot be kept for a backward.
+        teacher_logits_TW = teacher_logits_TW.clone()
     shard = vocab_shard(student_logits_TW.size(1), tp_group=tp_group, vocab_size=vocab_size, start=shard_start)
     # All ranks must cut the tokens alike, so a chunk may follow from W only where W is the same everywhere.
     chunk_tokens = None if shard_start is None else CHUNK_MIN_TOKENS

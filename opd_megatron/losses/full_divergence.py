@@ -45,12 +45,26 @@ class RowNorms(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """The divergence of a chunk; the norms of its rows; the sums over all ranks of the caller's `riders`, and the student's mass that these are relative to."""
+    """The divergence of a chunk; the norms of its rows; the sums over all ranks of the caller's riders; and the student's mass, 0 in a fully masked row."""
 
     chunk: ChunkDivergence
     norms: RowNorms
     riders_T: tuple[torch.Tensor, ...]
-    rider_mass_T: torch.Tensor
+    student_mass_T: torch.Tensor
+
+
+# Sums over this rank's columns that join a collective, from the maximum of its slice minus that over the whole vocabulary.
+Riders = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def no_riders(_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return ()
+
+
+def require_clip(pointwise_clip: float | None) -> None:
+    """Raise ValueError unless the clip is absent or positive."""
+    if pointwise_clip is not None and not pointwise_clip > 0:
+        raise ValueError(f"pointwise_clip={pointwise_clip} must be positive, or None for none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +89,7 @@ class Divergence:
             raise ValueError(f"beta={self.beta} must be in [0, 1]")
         if self.kind == "jsd" and self.beta in (0, 1):
             object.__setattr__(self, "kind", "forward_kl" if self.beta == 0 else "reverse_kl")
+        require_clip(self.pointwise_clip)
         if self.alpha is not None and not self.kind.startswith("skew"):
             raise ValueError(f"alpha={self.alpha} belongs to skew_forward and skew_reverse, not to kind={self.kind!r}")
         if self.kind.startswith("skew"):
@@ -90,34 +105,34 @@ class Divergence:
         """Whether the value follows from sums of unnormalised exponentials, which saves a pass over the vocabulary."""
         return self.kind in ("reverse_kl", "forward_kl") and self.pointwise_clip is None
 
-    def evaluate_(self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard, riders: Callable[[], tuple[torch.Tensor, ...]] = tuple) -> Evaluated:
+    def evaluate_(self, student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard, riders: Riders = no_riders) -> Evaluated:
         """Return the divergence from raw logits, and leave normalised probabilities. Two collectives: the second is the SUM that `riders` join.
 
         The first is a MAX where the value has a closed form. Where it has none, the sum runs over normalised probabilities, and each rank's
-        maximum and mass are gathered instead. `riders` is called once the student is shifted, or normalised: then its mass is 1.
+        maximum and mass are gathered instead. `riders` is called with the student's logits minus a maximum, and is given that maximum minus the one over
+        the whole vocabulary.
         """
         if self.has_closed_form:
             maxima = shift_to_max_(student, teacher, shard)
             own_T = (self._moment(student, teacher), student.mass(), teacher.mass())
-            moment_T, student_mass_T, teacher_mass_T, *riders_T = shard.sum(*own_T, *riders())
+            moment_T, student_mass_T, teacher_mass_T, *riders_T = shard.sum(*own_T, *riders(torch.zeros_like(maxima[0])))
             masses = live_masses(student_mass_T, teacher_mass_T)
             student.normalise_(masses[0])
             teacher.normalise_(masses[1])
-            return Evaluated(self.closed_form(moment_T, *masses), RowNorms(maxima[0], maxima[1], *masses), tuple(riders_T), masses[0])
+            return Evaluated(self.closed_form(moment_T, *masses), RowNorms(maxima[0], maxima[1], *masses), tuple(riders_T), student_mass_T)
         maxima = (student.local_max(), teacher.local_max())
         student.shift_(maxima[0])
         teacher.shift_(maxima[1])
-        norms = gathered_norms(*maxima, student.mass(), teacher.mass(), shard)
-        student.normalise_(norms.student_mass_T, moved_maximum(maxima[0], norms.student_max_T))
+        norms, student_mass_T = gathered_norms(*maxima, student.mass(), teacher.mass(), shard)
+        moved_T = moved_maximum(maxima[0], norms.student_max_T)
+        own_riders_T = riders(moved_T)
+        student.normalise_(norms.student_mass_T, moved_T)
         teacher.normalise_(norms.teacher_mass_T, moved_maximum(maxima[1], norms.teacher_max_T))
-        own_riders_T = riders()  # before the terms, which may lie in the student's scratch memory
         summand_TW, slope_TW = self._terms(student, teacher)
         if self.pointwise_clip is not None:
             summand_TW = summand_TW.clamp(max=self.pointwise_clip)
         value_T, correction_T, *riders_T = shard.sum(summand_TW.sum(-1), slope_TW.sum(-1), *own_riders_T)
-        # A NaN logit is left out of the sums of riders and reaches them by their mass.
-        rider_mass_T = torch.where(norms.student_mass_T.isnan(), norms.student_mass_T, 1)
-        return Evaluated(ChunkDivergence(value_T, correction_T, slope_TW), norms, tuple(riders_T), rider_mass_T)
+        return Evaluated(ChunkDivergence(value_T, correction_T, slope_TW), norms, tuple(riders_T), student_mass_T)
 
     def _moment(self, student: ShardSoftmax, teacher: ShardSoftmax) -> torch.Tensor:
         return kl_moment(student, teacher) if self.kind == "reverse_kl" else kl_moment(teacher, student)
@@ -235,12 +250,12 @@ def live_masses(student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor) -> t
 
 def gathered_norms(
     student_max_T: torch.Tensor, teacher_max_T: torch.Tensor, student_mass_T: torch.Tensor, teacher_mass_T: torch.Tensor, shard: VocabShard
-) -> RowNorms:
-    """Return the norms over the whole vocabulary from this rank's maxima and masses relative to them: one collective."""
+) -> tuple[RowNorms, torch.Tensor]:
+    """Return the norms over the whole vocabulary from this rank's maxima and masses relative to them, and the student's mass: one collective."""
     student_max_RT, teacher_max_RT, student_mass_RT, teacher_mass_RT = shard.gather(student_max_T, teacher_max_T, student_mass_T, teacher_mass_T)
     student_max_T, student_mass_T = merged_softmax(student_max_RT, student_mass_RT)
     teacher_max_T, teacher_mass_T = merged_softmax(teacher_max_RT, teacher_mass_RT)
-    return RowNorms(student_max_T, teacher_max_T, *live_masses(student_mass_T, teacher_mass_T))
+    return RowNorms(student_max_T, teacher_max_T, *live_masses(student_mass_T, teacher_mass_T)), student_mass_T
 
 
 def shift_to_max_(student: ShardSoftmax, teacher: ShardSoftmax, shard: VocabShard) -> tuple[torch.Tensor, ...]:

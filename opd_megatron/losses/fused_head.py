@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 from opd_megatron.losses.chunk_objectives import ChunkObjective, CrossEntropyObjective, DivergenceObjective, chunk_softmax, chunk_statistics
 from opd_megatron.losses.divergences import make_divergence, require_temperature
 from opd_megatron.losses.head_products import add_head_gradient_, hidden_gradient
-from opd_megatron.losses.vocab_parallel import Scratch, VocabShard, compute_dtype, require_same, token_chunks, vocab_shard
+from opd_megatron.losses.vocab_parallel import Scratch, VocabShard, compute_dtype, require_ids, require_same, token_chunks, vocab_shard
+
+_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -222,15 +224,22 @@ def _fused_head(
     """Check the per-token arguments, run the objective and name its results; the log-probabilities of `ids`, when given, are among them."""
     dtype = compute_dtype(hidden_TH)
     weight_T = hidden_TH.new_ones(hidden_TH.size(0), dtype=dtype) if token_weight_T is None else token_weight_T.detach().to(dtype)
-    for name, tensor_T in {"token_weight_T": weight_T, **ids}.items():
-        require_same("shapes", name, tuple(tensor_T.shape), "the tokens of student_hidden_TH", (hidden_TH.size(0),))
-        require_same("devices", name, tensor_T.device, "student_hidden_TH", hidden_TH.device)
+    require_same("shapes", "token_weight_T", tuple(weight_T.shape), "the tokens of student_hidden_TH", (hidden_TH.size(0),))
+    require_same("devices", "token_weight_T", weight_T.device, "student_hidden_TH", hidden_TH.device)
+    for name, ids_T in ids.items():
+        require_ids(name, ids_T, "student_hidden_TH", hidden_TH)
     if accumulate_main_grad:
         _require_main_grad(head_WH, dtype)
-    loss_sum, value_T, entropy_T, picked_logp_T = _FusedHead.apply(
-        hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
-    )
+    with _exact_products(hidden_TH):
+        loss_sum, value_T, entropy_T, picked_logp_T = _FusedHead.apply(
+            hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
+        )
     return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None)
+
+
+def _exact_products(hidden_TH: torch.Tensor) -> torch.autocast:
+    """Keep a surrounding autocast from computing these products in another dtype than their operands'."""
+    return torch.autocast(hidden_TH.device.type, enabled=False)
 
 
 def token_statistics(
@@ -251,7 +260,7 @@ def token_statistics(
     dtype = compute_dtype(student_hidden_TH)
     scratch = Scratch()
     statistics_3T = student_hidden_TH.new_empty((3, num_tokens), dtype=dtype)
-    with torch.no_grad():
+    with torch.no_grad(), _exact_products(student_hidden_TH):
         for rows in token_chunks(num_tokens, num_columns, student_hidden_TH.device, chunk_tokens):
             student = chunk_softmax("student", student_hidden_TH[rows], student_head_WH, shard, temperature, dtype, scratch)
             teacher = chunk_softmax("teacher", teacher_hidden_TG[rows], teacher_head_WG, shard, temperature, dtype, scratch)
@@ -268,6 +277,9 @@ def _require_head(model: str, hidden_TH: torch.Tensor, head_WH: torch.Tensor) ->
     require_same("hidden sizes", hidden, hidden_TH.size(1), head, head_WH.size(1))
     require_same("dtypes", hidden, hidden_TH.dtype, head, head_WH.dtype)
     require_same("devices", hidden, hidden_TH.device, head, head_WH.device)
+    if hidden_TH.dtype not in _DTYPES:
+        # A token's weight is in the gradient before any loss scale is: in fp16 it would vanish.
+        raise ValueError(f"{hidden} and {head} have dtype {hidden_TH.dtype}; use one of {', '.join(map(str, _DTYPES))}")
 
 
 def _require_pair(

@@ -57,19 +57,36 @@ class VocabShard:
 def vocab_shard(num_columns: int, *, tp_group: dist.ProcessGroup | None, vocab_size: int | None, start: int | None = None) -> VocabShard:
     """Return which of this rank's `num_columns` columns are real ids; ids from `vocab_size` on are padding.
 
-    Without `start` every rank is taken to hold the same number of columns, as Megatron's padding guarantees.
-    Raises ValueError when `vocab_size` is larger than all shards together.
+    Without `start` every rank is taken to hold the same number of columns, as Megatron's padding guarantees; with it, the ranks tell each other theirs.
+    Raises ValueError when `vocab_size` is below 1 or larger than all shards together, or when the shards do not follow each other, on every rank.
     """
     rank, num_ranks = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
-    if start is None:
-        start = rank * num_columns
-        if vocab_size is not None and vocab_size > num_ranks * num_columns:
-            raise ValueError(
-                f"vocab_size={vocab_size} is larger than all shards together: {num_ranks} x {num_columns} = {num_ranks * num_columns} columns; "
-                "pass the true vocabulary size of the head, or shard_start where the shards are uneven"
-            )
+    if vocab_size is not None:
+        require_count("vocab_size", vocab_size)
+    total = num_ranks * num_columns if start is None else _end_of_shards(start, num_columns, tp_group)
+    start = rank * num_columns if start is None else start
+    if vocab_size is not None and vocab_size > total:
+        shards = f"{num_ranks} x {num_columns} = {total} columns" if total == num_ranks * num_columns else f"{total} columns"
+        raise ValueError(
+            f"vocab_size={vocab_size} is larger than all shards together: {shards}; "
+            "pass the true vocabulary size of the head, or shard_start where the shards are uneven"
+        )
     width = num_columns if vocab_size is None else min(max(vocab_size - start, 0), num_columns)
     return VocabShard(start, width, tp_group)
+
+
+def _end_of_shards(start: int, num_columns: int, tp_group: dist.ProcessGroup | None) -> int:
+    """Return the columns of all ranks together; ValueError, on every rank, unless each rank's begin where those of the rank before end."""
+    spans = [(start, num_columns)]
+    if tp_group is not None and tp_group.size() > 1:
+        spans = [(0, 0)] * tp_group.size()
+        dist.all_gather_object(spans, (start, num_columns), group=tp_group)
+    end = 0
+    for rank, (first, count) in enumerate(spans):
+        if first != end:
+            raise ValueError(f"shard_start={first} on rank {rank} of the group must be {end}, where the shards before it end")
+        end += count
+    return end
 
 
 def token_chunks(num_tokens: int, num_columns: int, device: torch.device, chunk_tokens: int | None = None) -> Iterator[slice]:
@@ -77,8 +94,7 @@ def token_chunks(num_tokens: int, num_columns: int, device: torch.device, chunk_
     if chunk_tokens is None:
         budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "accelerator"]
         chunk_tokens = max(CHUNK_MIN_TOKENS, budget // (4 * max(num_columns, 1)))
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1, or None for the default")
+    require_count("chunk_tokens", chunk_tokens)
     return (slice(first, min(first + chunk_tokens, num_tokens)) for first in range(0, num_tokens, chunk_tokens))
 
 
@@ -173,7 +189,7 @@ class ShardSoftmax:
 
 def local_ids(ids_T: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the local column of each id, clamped into this rank's real columns, and whether the rank holds it."""
-    local_T = ids_T - shard.start
+    local_T = ids_T.long() - shard.start
     return local_T.clamp(0, shard.width - 1), (local_T >= 0) & (local_T < shard.width)
 
 
@@ -199,13 +215,30 @@ def merged_softmax(max_RT: torch.Tensor, mass_RT: torch.Tensor, *moment_RT: torc
 
 
 def entropy(moment_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats, log a - (sum_v e^{u_v} u_v) / a, where a is the mass; 0 where that is infinite, the mark of a row to ignore."""
-    return (mass_T.log() - moment_T / mass_T).masked_fill_(torch.isinf(mass_T), 0)
+    """Return the entropy in nats, log a - (sum_v e^{u_v} u_v) / a, where a is the mass; 0 for a fully masked row, whose mass is 0."""
+    return (mass_T.log() - moment_T / mass_T).masked_fill_(mass_T == 0, 0)
 
 
 def picked_logp(logit_T: torch.Tensor, owners_T: torch.Tensor, mass_T: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of the picked ids; NaN for an id that no rank holds, so that a wrong id never passes for a likely token."""
-    return (logit_T - mass_T.log()).masked_fill_(owners_T == 0, math.nan)
+    """Return the log-probability of the picked ids; NaN for an id that no rank holds, so that a wrong id never passes for a likely token.
+
+    In a fully masked row it is -inf.
+    """
+    return (logit_T - mass_T.log()).masked_fill_(mass_T == 0, -math.inf).masked_fill_(owners_T == 0, math.nan)
+
+
+def require_count(name: str, value: object) -> None:
+    """Raise ValueError unless the value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def require_ids(name: str, ids_T: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Raise ValueError unless there is one integer id for each row of another tensor, on its device."""
+    require_same("shapes", name, tuple(ids_T.shape), f"the tokens of {like_name}", (like.size(0),))
+    require_same("devices", name, ids_T.device, like_name, like.device)
+    if ids_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must hold ids of dtype torch.int64 or torch.int32, not {ids_T.dtype}")
 
 
 def require_same(what: str, left_name: str, left: object, right_name: str, right: object) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from opd_megatron.losses import fused_head_cross_entropy, fused_head_divergence, token_statistics, triton_divergence, vocab_parallel_divergence
+from opd_megatron.losses.class_divergence import ALL_KINDS, SAMPLED_KINDS
 from tests.reference_losses import TOLERANCE, head_problem, naive_divergence, relative_error_or_zero
 
 NUM_TOKENS, NUM_COLUMNS = 21, 64
@@ -225,6 +226,39 @@ def test_a_model_does_not_diverge_from_itself(pool, scale):
     assert pool.run(self_divergence, scale, world_size=4) == [0.0] * 4
 
 
+def masked_and_nan_rows(tp_size):
+    """Return every kind's values and this rank's gradient, from the whole vocabulary and from slices, with rows of -inf in either model and one NaN."""
+    group = split_group(tp_size)
+    columns = shard_slice(group)
+    student, teacher, _ = logits_pair()
+    student[3], teacher[5], student[:, 10:20], teacher[:, 10:20] = -torch.inf, -torch.inf, -torch.inf, -torch.inf
+    student[7, 2] = torch.nan
+    results = {}
+    for kind in ALL_KINDS:
+        ids = {"sampled_ids_T": torch.full((NUM_TOKENS,), 30)} if kind in SAMPLED_KINDS else {}
+        pair = []
+        for cut, options in ((slice(None), {}), (columns, {"tp_group": group})):
+            local = student[:, cut].clone().requires_grad_()
+            value_T = vocab_parallel_divergence(local, teacher[:, cut], kind=kind, vocab_size=48, **ids, **options)
+            (gradient,) = torch.autograd.grad(value_T.sum(), local)
+            pair.append((value_T.detach(), gradient if options else gradient[:, columns]))
+        results[kind] = pair
+    return results
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_masked_rows_and_a_nan_are_what_they_are_on_one_rank(pool, tp_size):
+    """With a rank that has only padding, at TP 4. A NaN stays in its row, on all ranks, and nobody waits for ever."""
+    for rank_results in pool.run(masked_and_nan_rows, tp_size, world_size=4):
+        for kind, ((expected_T, expected), (value_T, gradient)) in rank_results.items():
+            assert torch.equal(value_T.isnan(), torch.arange(NUM_TOKENS) == 7), kind
+            assert not (gradient.isnan().any(-1) & (torch.arange(NUM_TOKENS) != 7)).any(), kind
+            assert torch.allclose(value_T, expected_T, rtol=1e-5, atol=1e-6, equal_nan=True), kind
+            assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6, equal_nan=True), kind
+            assert (value_T[[3, 5]] == 0).all(), kind
+            assert (gradient[[3, 5]] == 0).all(), kind
+
+
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "broadcast", "all_to_all")
 
 
@@ -247,35 +281,36 @@ def count_collectives(work):
     return count
 
 
-def collective_counts():
-    """Return the collectives of each forward, per chunk, and those of all the backwards together."""
+def collective_counts(repeats):
+    """Return the collectives of each forward, per chunk, and those of all the backwards together, for `repeats` times as many tokens in as many chunks."""
     group = split_group(4)
     columns = shard_slice(group)
     models, _ = whole_problem()
-    hidden, head = models[0].requires_grad_(), models[1][columns].clone().requires_grad_()
-    sliced = (hidden, head, models[2], models[3][columns])
+    hidden, head = models[0].repeat(repeats, 1).requires_grad_(), models[1][columns].clone().requires_grad_()
+    sliced = (hidden, head, models[2].repeat(repeats, 1), models[3][columns])
     logits = [tensor[:, columns].clone().requires_grad_() for tensor in logits_pair()[:2]]
     shared = {"tp_group": group, "vocab_size": 55}
     chunked = {"chunk_tokens": NUM_TOKENS // 3, **shared}
     losses = []
-    ids_T = torch.arange(NUM_TOKENS)
+    ids_T, num_chunks = torch.arange(NUM_TOKENS).repeat(repeats), 3 * repeats
 
     def keep(loss):
         losses.append(loss)
 
-    forwards = {"statistics": count_collectives(lambda: token_statistics(*sliced, **chunked)) / 3}
-    forwards["cross_entropy"] = count_collectives(lambda: keep(fused_head_cross_entropy(*sliced[:2], ids_T, **chunked).loss_sum)) / 3
+    forwards = {"statistics": count_collectives(lambda: token_statistics(*sliced, **chunked)) / num_chunks}
+    forwards["cross_entropy"] = count_collectives(lambda: keep(fused_head_cross_entropy(*sliced[:2], ids_T, **chunked).loss_sum)) / num_chunks
     for case in ({"kind": "reverse_kl"}, {"kind": "forward_kl"}, {"kind": "jsd"}, {"kind": "reverse_kl", "pointwise_clip": 0.1}):
         name = "_".join(map(str, case.values()))
         whole = count_collectives(lambda case=case: keep(vocab_parallel_divergence(*logits, **case, **shared).sum()))
-        fused = count_collectives(lambda case=case: keep(fused_head_divergence(*sliced, **case, sampled_ids_T=ids_T, **chunked).loss_sum)) / 3
+        fused = count_collectives(lambda case=case: keep(fused_head_divergence(*sliced, **case, sampled_ids_T=ids_T, **chunked).loss_sum)) / num_chunks
         forwards[name] = (whole, fused)
     return forwards, count_collectives(lambda: [loss.backward() for loss in losses])
 
 
-def test_two_collectives_per_chunk_and_none_in_the_backward(pool):
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_two_collectives_per_chunk_and_none_in_the_backward(pool, repeats):
     expected = {"statistics": 2, "cross_entropy": 2, "reverse_kl": (2, 2), "forward_kl": (2, 2), "jsd": (2, 2), "reverse_kl_0.1": (2, 2)}
-    for forwards, backwards in pool.run(collective_counts, world_size=4):
+    for forwards, backwards in pool.run(collective_counts, repeats, world_size=4):
         assert forwards == expected
         assert backwards == 0
 

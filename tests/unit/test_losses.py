@@ -131,6 +131,58 @@ def test_forward_kl_is_infinite_where_the_student_excludes_what_the_teacher_allo
     assert vocab_parallel_divergence(masked, teacher, kind="reverse_kl").isfinite().all()
 
 
+def test_autocast_around_the_fused_head_changes_nothing():
+    models, _ = head_problem()
+    expected = torch.autograd.grad(fused_head_divergence(*models, kind="jsd").loss_sum, models[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        result = fused_head_divergence(*models, kind="jsd")
+        entropy_T = token_statistics(*models).student_entropy_T
+    assert torch.equal(entropy_T, token_statistics(*models).student_entropy_T)
+    assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(result.loss_sum, models[:2]), expected))
+
+
+def test_a_teacher_made_in_inference_mode_is_taken():
+    student, teacher = logits_pair()
+    with torch.inference_mode():
+        frozen = teacher + 0
+    for kind in KINDS:
+        value_T = vocab_parallel_divergence(student, frozen, kind=kind)
+        assert torch.equal(*(torch.autograd.grad(value.sum(), student)[0] for value in (value_T, vocab_parallel_divergence(student, teacher, kind=kind))))
+
+
+def test_a_tied_head_gets_the_gradient_of_both_its_uses():
+    """The head is the embedding too: its rows give the hidden states. 1e-5 against fp64 autograd."""
+    ids_T = torch.arange(29) % 50
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        (_, _, teacher_hidden, teacher_head), _ = head_problem(num_columns=50, dtype=dtype)
+        weight = torch.randn(50, 16, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        if dtype == torch.float32:
+            loss = fused_head_divergence(weight[ids_T].tanh(), weight, teacher_hidden, teacher_head, kind="reverse_kl").loss_sum
+        else:
+            loss = naive_divergence(weight[ids_T].tanh() @ weight.T, teacher_hidden @ teacher_head.T, kind="reverse_kl").sum()
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    assert relative_error(*gradients) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "case", [*({"kind": kind} for kind in KINDS), {"kind": "reverse_kl", "pointwise_clip": 0.1}, {"kind": "topk_tail_forward"}, {"kind": "k1"}], ids=str
+)
+def test_rows_masked_in_one_model_still_tell_the_students_own_numbers(case):
+    """A head of -inf masks every row. Without the student there is no entropy and every id has log-probability -inf; without the teacher both are as ever."""
+    ones, masked = torch.ones(3, 1), torch.full((8, 1), -math.inf)
+    head, ids_T = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    result = fused_head_divergence(ones, masked, ones, head, sampled_ids_T=ids_T, **case)
+    assert result.student_entropy_T.tolist() == token_statistics(ones, masked, ones, head).student_entropy_T.tolist() == [0.0] * 3
+    assert result.sampled_logp_T.tolist() == [-math.inf] * 3
+    assert result.divergence_T.tolist() == [0.0] * 3
+    result = fused_head_divergence(ones, head, ones, masked, sampled_ids_T=ids_T, **case)
+    logp_V = head[:, 0].log_softmax(0)
+    assert relative_error(result.student_entropy_T, -(logp_V.exp() * logp_V).sum().expand(3)) < TOLERANCE[torch.float32]
+    assert relative_error(result.sampled_logp_T, logp_V[ids_T]) < TOLERANCE[torch.float32]
+    assert result.divergence_T.tolist() == [0.0] * 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_stays_in_its_row(kind):
     models, _ = head_problem()
@@ -338,7 +390,21 @@ def head_call(*, position=None, tensor=None, **changes):
     [
         (divergence_call(kind="kl"), r"kind='kl' is not known; use one of reverse_kl, forward_kl, jsd"),
         (divergence_call(kind="jsd", beta=1.5), r"beta=1.5 must be in \[0, 1\]"),
-        (divergence_call(temperature=0.0), r"temperature=0.0 must be positive"),
+        (divergence_call(temperature=0.0), r"temperature=0.0 must be positive and finite"),
+        (divergence_call(temperature=math.inf), r"temperature=inf must be positive and finite"),
+        (divergence_call(pointwise_clip=-0.5), r"pointwise_clip=-0.5 must be positive, or None"),
+        (divergence_call(pointwise_clip=math.nan), r"pointwise_clip=nan must be positive"),
+        (divergence_call(kind="topk_tail_forward", pointwise_clip=0.0), r"pointwise_clip=0.0 must be positive"),
+        (divergence_call(kind="topk_tail_forward", beta=1.5), r"beta=1.5 must be in \[0, 1\]"),
+        (divergence_call(kind="topk_tail_forward", top_k=2.5), r"top_k=2.5 must be a whole number of at least 1"),
+        (divergence_call(vocab_size=0), r"vocab_size=0 must be a whole number of at least 1"),
+        (divergence_call(vocab_size=8.0), r"vocab_size=8.0 must be a whole number of at least 1"),
+        (divergence_call(vocab_size=9, shard_start=0), r"vocab_size=9 is larger than all shards together: 1 x 8 = 8"),
+        (divergence_call(shard_start=5), r"shard_start=5 on rank 0 of the group must be 0"),
+        (divergence_call(kind="k1", sampled_ids_T=torch.ones(4)), r"sampled_ids_T must hold ids of dtype torch.int64 or torch.int32, not torch.float32"),
+        (divergence_call(kind="k1", sampled_ids_T=torch.ones(4, device="meta").long()), r"devices must agree: sampled_ids_T has meta"),
+        (head_call(position=0, tensor=torch.zeros(4, 16).half()), r"dtypes must agree: student_hidden_TH has torch.float16"),
+        (lambda: token_statistics(*(tensor.detach().half() for tensor in head_problem(4, 8)[0])), r"student_head_WH have dtype torch.float16; use one of"),
         (divergence_call(vocab_size=9), r"vocab_size=9 is larger than all shards together: 1 x 8 = 8"),
         (divergence_call(teacher=torch.zeros(4, 9)), r"shapes must agree: student_logits_TW has \(4, 8\), teacher_logits_TW has \(4, 9\)"),
         (
@@ -354,7 +420,7 @@ def head_call(*, position=None, tensor=None, **changes):
         (head_call(position=3, tensor=torch.zeros(8, 24).bfloat16()), r"dtypes must agree: teacher_hidden_TG has torch.float32, teacher_head_WG has torch.bfl"),
         (head_call(token_weight_T=torch.ones(3)), r"shapes must agree: token_weight_T has \(3,\), the tokens of student_hidden_TH has \(4,\)"),
         (head_call(sampled_ids_T=torch.ones(4, 1)), r"shapes must agree: sampled_ids_T has \(4, 1\)"),
-        (head_call(chunk_tokens=0), r"chunk_tokens=0 must be at least 1"),
+        (head_call(chunk_tokens=0), r"chunk_tokens=0 must be a whole number of at least 1"),
     ],
 )
 def test_wrong_arguments_are_refused_with_both_values(call, message):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -25,6 +27,14 @@ def test_quick_ends_with_one_json_object_that_holds_every_row():
     assert report["environment"]["versions"]["torch"]
 
 
-def test_a_size_below_one_is_the_users_mistake():
-    run = bench("--tokens", "0")
-    assert (run.returncode, run.stderr) == (2, "--tokens=0 must be at least 1\n")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens=0 must be at least 1\n"),
+        (["--vocab", "33"], "--vocab=33 must be a positive multiple of --tensor=2\n"),
+        (["--quick", "--vocab", "0"], "--vocab=0 must be a positive multiple of --tensor=1\n"),
+    ],
+)
+def test_a_size_that_cannot_be_is_the_users_mistake(arguments, message):
+    run = bench(*arguments)
+    assert (run.returncode, run.stderr) == (2, message)
