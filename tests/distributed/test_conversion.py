@@ -21,7 +21,7 @@ from opd_megatron.parallel.groups import forget_student_groups, student_groups, 
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
-FAMILIES = ["qwen2", "qwen3", "llama", "llama3"]
+FAMILIES = ["qwen2", "qwen3", "qwen3_moe", "llama", "llama3"]
 LAYOUTS = [(1, 1), (2, 1), (2, 2)]
 
 
