@@ -69,7 +69,7 @@ class Architecture:
         if self.experts is None and expert > 1:
             raise ValueError(f"{role}.layout.expert={expert} spreads experts, and the {role} is a dense {self.family} model without any; use 1")
         if expert_tensor > 1:
-            raise ValueError(f"{role}.layout.expert_tensor={expert_tensor} is not supported: an expert stays whole on its rank; use 1, and a larger expert size")
+            raise ValueError(f"{role}.layout.expert_tensor={expert_tensor} is not supported: an expert stays whole on its rank; use 1 and a larger expert")
         # An expert stays whole on its rank: tensor parallelism splits attention, expert parallelism the set of experts.
         feed_forward = (
             ("feed-forward columns", self.ffn_hidden_size, "tensor", tensor)

@@ -56,7 +56,7 @@ class Scorer:
         """Return {sample: hidden states [R, G] of the scored positions in this rank's context window} for its replica's share, on the last stage."""
         rows: dict[int, torch.Tensor] = {}
         size, rank = self.groups.layout.context, self.groups.cell.context
-        with self.on_device(), inference_mode(self.model, context_parallel=True):
+        with self.on_device(), inference_mode(self.model, self.groups, context_parallel=True):
             for chosen in scored_together(rollouts, self.groups.data_rank, self.groups.data_size, self.micro_batch):
                 samples = [rollouts.samples[index] for index in chosen]
                 length = padded_length(max(sample.num_tokens for sample in samples), self.groups.layout)
