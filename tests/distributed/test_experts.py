@@ -1,6 +1,6 @@
 """A mixture of experts in every layout: routing, generation, training, and runs that resume with their experts elsewhere.
 
-Not covered: expert tensor parallelism, which is refused (on the CPU gloo cannot gather the uneven parts it makes); grouped products on a GPU; bf16.
+Not covered: expert tensor parallelism, which is refused (on the CPU gloo cannot gather the uneven parts it makes); grouped products on a GPU.
 Weights and logits in expert layouts are in test_conversion.py.
 """
 
@@ -156,8 +156,9 @@ def test_cached_generation_is_that_of_the_whole_text_though_replicas_write_uneve
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student and a teacher with experts, and prompts of uneven length."""
+    """A student and a teacher with experts, a student without, and prompts of uneven length."""
     folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "dense", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=2)
     write_tiny_model(folder / "student", "qwen3_moe", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=2)
     write_tiny_model(folder / "teacher", "qwen3_moe", vocab_size=263, seed=2, scale=0.5, hidden_size=96, norm_topk_prob=False)
     rows = [{"prompt": "count " + "abc"[: 1 + i % 3] * (1 + i % 5), "answer": str(i)} for i in range(64)]
@@ -210,6 +211,26 @@ def test_every_layout_trains_alike(models: Path, recorded: Path, pool: RankPool,
         # fp32 sums in another order; 1e-5 is what the project promises.
         for key in ("loss", "divergence", "grad_norm", "student_entropy"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+
+
+def test_a_dense_student_learns_from_experts_wherever_they_are(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    for name, teacher, world_size in (("one", {}, 1), ("spread", {"expert": 2}, 2)):
+        config = _config(models, {}, teacher)
+        config = dataclasses.replace(config, student=dataclasses.replace(config.student, hf=str(models / "dense")))
+        pool.run(_job, config, tmp_path / name, world_size=world_size)
+    for ours, reference in zip(_metrics(tmp_path / "spread"), _metrics(tmp_path / "one"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+
+
+def test_bf16_trains_experts_with_fp32_masters(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _config(models, *LAYOUTS["EP2xPP2, teacher EP4"][:2], replay=str(recorded))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    pool.run(_job, config, tmp_path / "run", world_size=4)
+    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        # 8 bits of every hidden value, and now and then another expert for a token.
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=5e-2), ours["step"]
+        assert ours["skipped_steps"] == 0
 
 
 @pytest.mark.parametrize("name", ["EP2", "EP2xPP2, teacher EP4"])

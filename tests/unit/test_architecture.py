@@ -203,6 +203,8 @@ def test_experts_divide_over_expert_parallelism_and_stay_whole_under_tensor_para
         mixture.check_layout("teacher", tensor=1, pipeline=1, expert=8)
     with pytest.raises(ValueError, match=r"student.layout.expert=2 spreads experts, and the student is a dense llama model without any; use 1"):
         architecture_of().check_layout("student", tensor=1, pipeline=1, expert=2)
+    with pytest.raises(ValueError, match=r"teacher.layout.expert_tensor=2 is not supported: an expert stays whole on its rank; use 1 and a larger expert"):
+        mixture.check_layout("teacher", tensor=2, pipeline=1, expert_tensor=2)
 
 
 def test_a_mixture_trains_under_tensor_parallelism_only_with_sequence_parallelism() -> None:
