@@ -223,6 +223,21 @@ def test_a_dense_student_learns_from_experts_wherever_they_are(models: Path, poo
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
 
+def test_experts_that_wait_on_the_host_change_nothing(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Bit for bit: values only travel."""
+    resident = _config(models, {"expert": 2}, {"expert": 2}, replay=str(recorded))
+    assert resident.teacher is not None
+    offloaded = dataclasses.replace(
+        resident,
+        teacher=dataclasses.replace(resident.teacher, placement="offloaded"),
+        training=dataclasses.replace(resident.training, offload_optimizer=True),
+    )
+    for name, config in (("resident", resident), ("offloaded", offloaded)):
+        pool.run(_job, config, tmp_path / name, world_size=2)
+    here, there = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("resident", "offloaded"))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
 def test_bf16_trains_experts_with_fp32_masters(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
     config = _config(models, *LAYOUTS["EP2xPP2, teacher EP4"][:2], replay=str(recorded))
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
