@@ -70,7 +70,10 @@ class Scorer:
 
 
 def scored_together(rollouts: Rollouts, replica: int, num_replicas: int, micro_batch: int) -> list[Sequence[int]]:
-    """Return the samples of one replica's contiguous share, batch by batch, similar lengths together. Shares may be uneven or empty."""
+    """Return the samples of one replica's contiguous share, batch by batch, similar lengths together.
+
+    Shares may be uneven or empty: where replicas share experts, `inference_mode` keeps them in step.
+    """
     share = sorted(rollouts.share(replica, num_replicas), key=lambda index: rollouts.samples[index].num_tokens)
     return [share[start : start + micro_batch] for start in range(0, len(share), micro_batch)]
 

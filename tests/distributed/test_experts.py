@@ -223,6 +223,16 @@ def test_a_dense_student_learns_from_experts_wherever_they_are(models: Path, poo
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
 
+def test_a_teacher_on_ranks_of_its_own_spreads_its_experts_there(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _config(models, {"expert": 2}, {"expert": 2}, replay=str(recorded))
+    assert config.teacher is not None
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, placement="dedicated", num_ranks=2))
+    pool.run(_job, config, tmp_path / "run", world_size=4)
+    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+
+
 def test_experts_that_wait_on_the_host_change_nothing(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
     """Bit for bit: values only travel."""
     resident = _config(models, {"expert": 2}, {"expert": 2}, replay=str(recorded))
