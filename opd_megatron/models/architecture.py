@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SUPPORTED = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+SUPPORTED = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "LlamaForCausalLM": "llama"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,21 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts that is the feed-forward of every layer: each token visits `experts_per_token` of `num_experts`."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int
+    # Whether the weights of a token's experts are scaled to a sum of one.
+    norm_topk_prob: bool
+    # What the model was pre-trained with; distillation adds no such term.
+    aux_loss_coefficient: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dense decoder of the Qwen2, Qwen3 or Llama 3 family."""
+    """A decoder of the Qwen2, Qwen3 or Llama 3 family, dense where `experts` is None."""
 
     family: str
     num_layers: int
@@ -44,25 +57,42 @@ class Architecture:
     rope: Rope
     max_positions: int
     init_std: float
+    experts: Experts | None = None
 
     def padded_vocab_size(self, tensor: int, multiple: int) -> int:
         """Return the vocabulary size rounded up so that every tensor rank holds the same multiple of `multiple` rows."""
         unit = tensor * multiple
         return math.ceil(self.vocab_size / unit) * unit
 
-    def check_layout(self, role: str, *, tensor: int, pipeline: int, expert: int = 1) -> None:
-        """Raise ValueError unless heads, feed-forward width and layers divide over the layout, and there are experts where it wants some."""
-        if expert > 1:
-            raise ValueError(f"{role}.layout.expert={expert} needs a mixture-of-experts model, and this {self.family} model is dense; use 1")
+    def check_layout(self, role: str, *, tensor: int, pipeline: int, expert: int = 1, expert_tensor: int = 1) -> None:
+        """Raise ValueError unless heads, layers, and feed-forward width or experts divide over the layout."""
+        if self.experts is None and expert > 1:
+            raise ValueError(f"{role}.layout.expert={expert} spreads experts, and the {role} is a dense {self.family} model without any; use 1")
+        if expert_tensor > 1:
+            raise ValueError(f"{role}.layout.expert_tensor={expert_tensor} is not supported: an expert stays whole on its rank; use 1 and a larger expert")
+        # An expert stays whole on its rank: tensor parallelism splits attention, expert parallelism the set of experts.
+        feed_forward = (
+            ("feed-forward columns", self.ffn_hidden_size, "tensor", tensor)
+            if self.experts is None
+            else ("experts", self.experts.num_experts, "expert", expert)
+        )
         for what, count, axis, size in (
             ("attention heads", self.num_heads, "tensor", tensor),
             ("key-value heads", self.num_kv_heads, "tensor", tensor),
-            ("feed-forward columns", self.ffn_hidden_size, "tensor", tensor),
             ("layers", self.num_layers, "pipeline", pipeline),
+            feed_forward,
         ):
             if count % size:
                 fits = [n for n in range(1, count + 1) if count % n == 0 and n <= 64]
                 raise ValueError(f"{role}.layout.{axis}={size} does not divide the {role}'s {count} {what}; use one of {fits}")
+
+    def check_training(self, role: str, *, tensor: int, sequence: bool) -> None:
+        """Raise ValueError where Megatron-Core runs a model under a layout but does not train it."""
+        if self.experts is not None and tensor > 1 and not sequence:
+            raise ValueError(
+                f"{role}.layout.tensor={tensor} trains a mixture of experts only under sequence parallelism: every tensor rank would send the same tokens "
+                f"to the experts; set {role}.layout.sequence=true, or tensor=1"
+            )
 
 
 def parse_architecture(config: Mapping[str, Any], where: str) -> Architecture:
@@ -72,6 +102,7 @@ def parse_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         raise ValueError(f"{where}: architecture {name!r} is not supported; supported are {', '.join(SUPPORTED)}")
     family = SUPPORTED[name]
     _refuse_unsupported(config, family, where)
+    experts = _parse_experts(config, where) if family == "qwen3_moe" else None
     hidden, heads = _integer(config, "hidden_size", where), _integer(config, "num_attention_heads", where)
     return Architecture(
         family=family,
@@ -80,21 +111,22 @@ def parse_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         ffn_hidden_size=_integer(config, "intermediate_size", where),
         num_heads=heads,
         num_kv_heads=_integer(config, "num_key_value_heads", where, default=heads),
-        # transformers' Qwen3Config defaults to 128 whatever the hidden size; the others derive it.
+        # transformers' Qwen3Config defaults to 128 whatever the hidden size; the others, Qwen3MoeConfig too, derive it.
         head_dim=_integer(config, "head_dim", where, default=128 if family == "qwen3" else hidden // heads),
         vocab_size=_integer(config, "vocab_size", where),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         norm_eps=_positive(config, "rms_norm_eps", where, default=1e-6),
         rope=_parse_rope(config, where),
         max_positions=_integer({"max_position_embeddings": _DEFAULT_POSITIONS[family], **config}, "max_position_embeddings", where),
         init_std=_positive(config, "initializer_range", where, default=0.02),
+        experts=experts,
     )
 
 
 # What transformers assumes where a config.json does not say.
-_DEFAULT_POSITIONS = {"qwen2": 32768, "qwen3": 32768, "llama": 2048}
+_DEFAULT_POSITIONS = {"qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768, "llama": 2048}
 
 
 def _integer(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
@@ -133,6 +165,36 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str, where: str) -> N
     heads = _integer(config, "num_attention_heads", where)
     if heads % _integer(config, "num_key_value_heads", where, default=heads):
         refuse("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
+
+
+def _parse_experts(config: Mapping[str, Any], where: str) -> Experts:
+    """Return the experts of a Qwen3-MoE configuration; ValueError unless every layer has them and a router that can be expressed."""
+    for key, value, wanted in (("decoder_sparse_step", config.get("decoder_sparse_step", 1), 1), ("mlp_only_layers", config.get("mlp_only_layers") or [], [])):
+        if value != wanted:
+            raise ValueError(f"{where}: {key}={value!r} is not supported; only {wanted}, which makes every layer a mixture of experts")
+    # transformers 5 writes num_local_experts, earlier versions num_experts.
+    num_experts = _integer(config, "num_local_experts" if "num_local_experts" in config else "num_experts", where, default=128)
+    per_token = _integer(config, "num_experts_per_tok", where, default=8)
+    if per_token > num_experts:
+        raise ValueError(f"{where}: num_experts_per_tok={per_token} exceeds the model's {num_experts} experts")
+    normalized = config.get("norm_topk_prob", False)
+    if not isinstance(normalized, bool):
+        raise ValueError(f"{where}: norm_topk_prob={normalized!r} is neither true nor false")
+    if per_token == 1 and normalized:
+        raise ValueError(
+            f"{where}: norm_topk_prob=True with num_experts_per_tok=1 is not supported: the only expert's weight is always 1, so its router learns nothing; "
+            "only false, or more experts per token"
+        )
+    coefficient = config.get("router_aux_loss_coef", 0.001)
+    if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not 0 <= coefficient < math.inf:
+        raise ValueError(f"{where}: router_aux_loss_coef={coefficient!r} is not a number of at least 0")
+    return Experts(
+        num_experts=num_experts,
+        experts_per_token=per_token,
+        ffn_hidden_size=_integer(config, "moe_intermediate_size", where, default=768),
+        norm_topk_prob=normalized,
+        aux_loss_coefficient=float(coefficient),
+    )
 
 
 def _parse_rope(config: Mapping[str, Any], where: str) -> Rope:

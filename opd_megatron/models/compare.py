@@ -19,7 +19,7 @@ from opd_megatron.parallel.groups import ModelGroups
 
 def megatron_logits(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
     """Return fp32 logits [B, S, V] without padded columns on the last stage, None on the others."""
-    with inference_mode(model):
+    with inference_mode(model, groups):
         hidden_BSH = forward_hidden(model, groups, tokens_BS)
         if hidden_BSH is None:
             return None

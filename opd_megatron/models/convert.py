@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_megatron.models.hf_folder import copy_assets, folder_written_whole
-from opd_megatron.models.weight_map import weight_map
+from opd_megatron.models.weight_map import MappedTensor, weight_map
 from opd_megatron.models.weights import ASSETS_FOLDER, WeightSource, damage_in
 
 
@@ -22,13 +22,18 @@ def write_checkpoint(source: WeightSource, out: Path) -> None:
     """
     with folder_written_whole(out) as folder:
         # Vocabulary rows are stored unpadded; models of any tensor size pad on loading.
-        tensors = {
-            row.megatron: ShardedTensor.from_rank_offsets(row.megatron, source.read(row), allow_shape_mismatch=row.is_vocab)
-            for row in weight_map(source.architecture)
-        }
+        tensors = {row.name: _global_tensor(row, source) for row in weight_map(source.architecture)}
         filesystem_async._results_queue = queue.Queue()
         try:
             dist_checkpointing.save(tensors, str(folder))
         except CheckpointException as error:
             raise ValueError(f"{out} cannot be written: {damage_in(error)}") from error
         copy_assets(source.assets, folder / ASSETS_FOLDER)
+
+
+def _global_tensor(row: MappedTensor, source: WeightSource) -> ShardedTensor:
+    """Return a row as the checkpoint holds it: a whole tensor, or one expert's slice of a stacked one."""
+    tensor, experts = source.read(row), source.architecture.experts
+    if row.expert is None or experts is None:
+        return ShardedTensor.from_rank_offsets(row.megatron, tensor, allow_shape_mismatch=row.is_vocab)
+    return ShardedTensor.from_rank_offsets(row.megatron, tensor, (0, row.expert, experts.num_experts), prepend_axis_num=1)

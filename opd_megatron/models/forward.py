@@ -20,18 +20,39 @@ from opd_megatron.parallel.groups import ModelGroups
 
 
 @contextmanager
-def inference_mode(model: GPTModel, *, context_parallel: bool = False) -> Iterator[None]:
+def inference_mode(model: GPTModel, groups: ModelGroups, *, context_parallel: bool = False) -> Iterator[None]:
     """Evaluation mode, no gradients, and no sequence parallelism: a decoding step has one position, which cannot be split.
 
     With `context_parallel` the sequences stay split over the model's context ranks, for a pass over given text.
+    Every rank of the model enters and leaves it. Replicas may make different numbers of forwards in between, or none: where experts are spread over
+    ranks, one that is done lends its experts until all are.
     """
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), _switched_off(model, _SEQUENCE if context_parallel else _SEQUENCE | _CONTEXT):
             yield
+            _lend_experts(model, groups)
     finally:
         model.train(was_training)
+
+
+def _lend_experts(model: GPTModel, groups: ModelGroups) -> None:
+    """Run forwards of nothing but padding for as long as another replica has text: its tokens visit experts that are here."""
+    # An even number of positions, which context parallelism cuts into two chunks.
+    padding_BS = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    while _in_step(groups, has_text=False, device=padding_BS.device):
+        _forward(model, groups, padding_BS)
+
+
+def _in_step(groups: ModelGroups, *, has_text: bool, device: torch.device) -> bool:
+    """Return whether any replica has text for the next forward; every rank of a pipeline stage asks before each one. False where experts are not spread."""
+    if groups.layout.expert == 1:
+        return False
+    busy = torch.tensor([float(has_text)], device=device)
+    # The whole stage, and not the expert group: one that does not begin where a tensor group does ties others together.
+    dist.all_reduce(busy, op=dist.ReduceOp.MAX, group=groups.collection.tp_dp_cp)
+    return bool(busy)
 
 
 # Where Megatron-Core's modules, and the configuration they share, remember that activations are split along the sequence; and what switches it off.
@@ -67,6 +88,11 @@ def forward_hidden(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor
     Every rank of the replica calls this with the same tokens. With a `cache`, `tokens_BS` continues the cached text,
     only the last position comes back ([B, 1, H]), and the cache advances by S.
     """
+    _in_step(groups, has_text=True, device=tokens_BS.device)
+    return _forward(model, groups, tokens_BS, cache)
+
+
+def _forward(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
     batch, length = tokens_BS.shape
     offset = cache.sequence_len_offset if cache is not None else 0
     positions_BS = torch.arange(offset, offset + length, device=tokens_BS.device).expand(batch, -1)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
-from opd_megatron.models.architecture import Architecture, Rope
+from opd_megatron.config import ParallelLayout
+from opd_megatron.models.architecture import Architecture, Experts, Rope
 from opd_megatron.models.layers import block_spec
 from opd_megatron.parallel.groups import ModelGroups
 
@@ -60,6 +61,7 @@ def build_gpt(architecture: Architecture, groups: ModelGroups, *, precision: Lit
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
+        **_expert_settings(architecture.experts, layout),
     )
     model = GPTModel(
         config,
@@ -75,7 +77,34 @@ def build_gpt(architecture: Architecture, groups: ModelGroups, *, precision: Lit
     )
     frequencies = model.rotary_pos_emb.inv_freq
     model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(frequencies.device)
+    for name, parameter in model.named_parameters():
+        if ".local_experts." in name:
+            # Megatron says so where expert parallelism is used. But experts that are whole on every tensor rank always see other tokens than
+            # on the next one, so their gradients belong to the expert data-parallel group, which spans tensor ranks.
+            parameter.allreduce = False  # type: ignore[attr-defined]
     return model
+
+
+def _expert_settings(experts: Experts | None, layout: ParallelLayout) -> dict[str, Any]:
+    """Return what makes TransformerConfig's feed-forward a mixture of experts that routes as transformers' Qwen3MoeSparseMoeBlock; no token is dropped."""
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.experts_per_token,
+        # A softmax over the chosen logits alone is the softmax over all of them, scaled to a sum of one.
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        # Distillation alone: no auxiliary loss.
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        # One expert after another. With Transformer Engine, TEGroupedMLP would compute a rank's experts in one grouped product on the GPU;
+        # it stores the same checkpoint tensors.
+        "moe_grouped_gemm": False,
+    }
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -70,7 +71,11 @@ class SDPAttention(MegatronModule):
 
 def block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
     """Return the layers of one pipeline stage."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    if config.num_moe_experts is not None:
+        _route_without_transformer_engine()
+        # Transformer Engine's layers fuse this norm into no expert, so checkpoints know it by its own name.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
@@ -79,3 +84,9 @@ def block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodu
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, None, stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _route_without_transformer_engine() -> None:
+    """Let a router compute without Transformer Engine: 0.16.1 asks `te_general_gemm is not None` of a name it then never bound. Delete from 0.17."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

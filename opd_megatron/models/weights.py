@@ -19,11 +19,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import HFFolder, copy_assets, folder_written_whole, open_hf_folder, read_architecture
-from opd_megatron.models.weight_map import EMBEDDING, HEAD, LOCAL_TO_CHECKPOINT, MappedTensor, local_slice, to_hf, to_megatron, vocab_slice, weight_map
+from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor, local_slice, name_in_layer, to_hf, to_megatron, vocab_slice, weight_map
 from opd_megatron.parallel.groups import ModelGroups
 
 # A checkpoint carries the Hugging Face files that are not weights here, so it knows its own architecture and tokenizer.
@@ -95,7 +96,9 @@ class CheckpointWeights:
         self.architecture = read_architecture(self.assets)
         self._reader = dcp.FileSystemReader(path)
         try:
-            self._tensors = self._reader.read_metadata().state_dict_metadata
+            metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            self._tensors = metadata.state_dict_metadata
         except DAMAGE as error:
             raise ValueError(f"{path / '.metadata'} is damaged: {damage_in(error)}") from None
         self._check_contents()
@@ -105,28 +108,53 @@ class CheckpointWeights:
         for row in weight_map(self.architecture):
             stored = self._tensors.get(row.megatron)
             shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
-            wanted = row.shape
+            wanted = _stored_shape(row, self.architecture)
             fits = shape is not None and shape[1:] == wanted[1:] and (shape[0] == wanted[0] or (row.is_vocab and shape[0] > wanted[0]))
             if not fits:
                 config = self.assets / "config.json"
                 raise ValueError(f"{self.path}: {row.megatron} has shape {shape} where {config} implies {wanted}; another model's checkpoint?")
 
     def read(self, row: MappedTensor) -> torch.Tensor:
-        """Return one global Megatron tensor in the dtype it is stored in, vocabulary padding cut off; ValueError where its files are damaged."""
+        """Return one global Megatron tensor, or one expert's slice, in the dtype it is stored in; ValueError where its files are damaged.
+
+        Only the stored pieces that hold it are read, and vocabulary padding is not.
+        """
         stored = self._tensors[row.megatron]
         assert isinstance(stored, TensorStorageMetadata)
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        start, size = ([0] * len(row.shape), row.shape) if row.expert is None else ([row.expert] + [0] * len(row.shape), (1, *row.shape))
+        box = ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size(size))
+        tensor = torch.empty(size, dtype=stored.properties.dtype)
         try:
-            dcp.load({row.megatron: tensor}, storage_reader=self._reader, no_dist=True)
+            plan = dcp.LoadPlan(create_read_items_for_chunk_list(row.megatron, stored, [box]))
+            self._reader.read_data(plan, _Into(tensor)).wait()
         except DAMAGE as error:
-            raise ValueError(f"{self.path} is damaged: cannot read {row.megatron}: {damage_in(error)}") from None
-        return tensor[: row.shape[0]]
+            raise ValueError(f"{self.path} is damaged: cannot read {row.name}: {damage_in(error)}") from None
+        return tensor.reshape(row.shape)
+
+
+class _Into(dcp.DefaultLoadPlanner):
+    """Puts whatever is read into its place in one tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self._tensor
+
+
+def _stored_shape(row: MappedTensor, architecture: Architecture) -> tuple[int, ...]:
+    """Return the shape of the checkpoint tensor that holds a row."""
+    if row.expert is None:
+        return row.shape
+    assert architecture.experts is not None
+    return (architecture.experts.num_experts, *row.shape)
 
 
 def load_model(model: GPTModel, groups: ModelGroups, source: WeightSource, *, vocab_multiple: int) -> None:
     """Copy this rank's slice of every weight into the model, in the model's dtype."""
     architecture = source.architecture
-    rows = {row.megatron: row for row in weight_map(architecture)}
+    rows = {row.name: row for row in weight_map(architecture)}
     padded = architecture.padded_vocab_size(groups.layout.tensor, vocab_multiple)
     with torch.no_grad():
         for name, parameter in named_global_parameters(model, architecture):
@@ -136,14 +164,15 @@ def load_model(model: GPTModel, groups: ModelGroups, source: WeightSource, *, vo
 
 
 def named_global_parameters(model: GPTModel, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield every parameter of this rank with its global name; a tied head answers to the embedding's."""
-    numbers = {index: layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
+    """Yield every parameter of this rank with the name of its row in the weight map; a tied head answers to the embedding's."""
     for name, parameter in model.named_parameters():
         if name == HEAD and architecture.tied:
             name = EMBEDDING
         local = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
         if local:
-            name = f"decoder.layers.{numbers[int(local[1])]}.{LOCAL_TO_CHECKPOINT.get(local[2], local[2])}"
+            layer = model.decoder.layers[int(local[1])]
+            local_experts = layer.mlp.local_expert_indices if architecture.experts else []
+            name = f"decoder.layers.{layer.layer_number - 1}.{name_in_layer(local[2], architecture, local_experts)}"
         yield name, parameter
 
 
@@ -176,7 +205,7 @@ def _write_tensors(source: WeightSource, folder: Path, dtype: torch.dtype | None
         tensor = source.read(row)
         damaged = tensor.numel() - int(tensor.isfinite().sum())
         if damaged:
-            raise ValueError(f"{row.megatron} holds {damaged} values that are not finite: the weights are damaged, nothing was exported")
+            raise ValueError(f"{row.name} holds {damaged} values that are not finite: the weights are damaged, nothing was exported")
         for name, part in to_hf(row, tensor if dtype is None else tensor.to(dtype), source.architecture).items():
             size = part.numel() * part.element_size()
             if sizes[-1] and sizes[-1] + size > _MAX_SHARD_BYTES:

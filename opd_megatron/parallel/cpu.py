@@ -63,6 +63,26 @@ def enable_cpu_backend() -> bool:
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[assignment]
     # Without CUDA this queues a lazy call: a silent no-op, and the tracker would not fork.
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    _keep_expert_counts_on_the_host()
     _mode = _CudaToCpu()
     _mode.__enter__()
     return True
+
+
+def _keep_expert_counts_on_the_host() -> None:
+    """Let the dispatcher of a mixture of experts work without streams.
+
+    It copies how many tokens go where to the host on a CUDA stream, and creates the stream if none is there. Here the counts are on the host;
+    they only become arrays, since torch's all_to_all takes split sizes as numbers and no tensor.
+    """
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def counts_as_numbers(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits", "output_splits_tp"):
+                counts = getattr(self, name)
+                setattr(self, name, counts.numpy() if torch.is_tensor(counts) else counts)
+        return tokens_per_expert
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counts_as_numbers

@@ -17,6 +17,7 @@ _GROUPS = {
     **{name: (name,) for name in ("tp", "cp", "dp", "pp", "expt_tp", "ep", "expt_dp")},
     "dp_cp": ("cp", "dp"),
     "tp_cp": ("tp", "cp"),
+    "tp_dp_cp": ("tp", "cp", "dp"),
     "mp": ("tp", "pp"),
     "tp_ep": ("expt_tp", "ep"),
     "tp_ep_pp": ("expt_tp", "ep", "pp"),

@@ -48,7 +48,7 @@ class Sampler:
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[Response | None] = [None] * len(prompts)
-        with inference_mode(self.model):
+        with inference_mode(self.model, self.groups):
             for start in range(0, len(order), self.batch_sequences):
                 chosen = order[start : start + self.batch_sequences]
                 batch = self._generate_batch([prompts[i] for i in chosen], [keys[i] for i in chosen], settings)

@@ -56,7 +56,7 @@ class Scorer:
         """Return {sample: hidden states [R, G] of the scored positions in this rank's context window} for its replica's share, on the last stage."""
         rows: dict[int, torch.Tensor] = {}
         size, rank = self.groups.layout.context, self.groups.cell.context
-        with self.on_device(), inference_mode(self.model, context_parallel=True):
+        with self.on_device(), inference_mode(self.model, self.groups, context_parallel=True):
             for chosen in scored_together(rollouts, self.groups.data_rank, self.groups.data_size, self.micro_batch):
                 samples = [rollouts.samples[index] for index in chosen]
                 length = padded_length(max(sample.num_tokens for sample in samples), self.groups.layout)
@@ -70,7 +70,10 @@ class Scorer:
 
 
 def scored_together(rollouts: Rollouts, replica: int, num_replicas: int, micro_batch: int) -> list[Sequence[int]]:
-    """Return the samples of one replica's contiguous share, batch by batch, similar lengths together. Shares may be uneven or empty."""
+    """Return the samples of one replica's contiguous share, batch by batch, similar lengths together.
+
+    Shares may be uneven or empty: where replicas share experts, `inference_mode` keeps them in step.
+    """
     share = sorted(rollouts.share(replica, num_replicas), key=lambda index: rollouts.samples[index].num_tokens)
     return [share[start : start + micro_batch] for start in range(0, len(share), micro_batch)]
 

@@ -163,7 +163,10 @@ def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
 
 def _checkpoint_bytes(student: Student) -> int:
     """Return about how much the whole job will write: weights once, three fp32 tensors of optimizer state per weight, and 5 % beside."""
-    weights = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in student.model.parameters())
-    total = torch.tensor([weights if student.groups.writer == 0 else 0], dtype=torch.int64, device=student.device)
+    is_first_copy = {True: student.groups.writer == 0, False: student.groups.collection.expt_dp.rank() == 0}
+    # Megatron-Core marks the weights of experts, which have copies on ranks of their own, with `allreduce = False`.
+    written = [parameter for parameter in student.model.parameters() if is_first_copy[getattr(parameter, "allreduce", True)]]
+    weights = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in written)
+    total = torch.tensor([weights], dtype=torch.int64, device=student.device)
     dist.all_reduce(total)
     return int(int(total) * 1.05) + (1 << 20)

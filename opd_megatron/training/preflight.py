@@ -22,6 +22,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if config.rollout.replay:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _check_model("student", config.student.hf, config.student.checkpoint, config.student.layout)
+    student.check_training("student", tensor=config.student.layout.tensor, sequence=config.student.layout.sequence)
     _check_length(config, "student", student)
     if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
         raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
@@ -59,7 +60,7 @@ def _check_model(role: str, hf: str | None, checkpoint: str | None, layout: Para
         if not (path / "metadata.json").is_file():
             raise ValueError(f"{role}.checkpoint={checkpoint!r} is not a Megatron checkpoint: no metadata.json in it")
         architecture = read_architecture(_assets(None, checkpoint))
-    architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert)
+    architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert, expert_tensor=layout.expert_tensor)
     return architecture
 
 

@@ -21,7 +21,7 @@ from opd_megatron.parallel.groups import forget_student_groups, student_groups, 
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
-FAMILIES = ["qwen2", "qwen3", "llama", "llama3"]
+FAMILIES = ["qwen2", "qwen3", "qwen3_moe", "llama", "llama3"]
 LAYOUTS = [(1, 1), (2, 1), (2, 2)]
 
 
@@ -91,6 +91,23 @@ def test_a_tied_then_an_untied_model_round_trip_in_one_process(pool: RankPool, t
     _assert_identical(untied, tmp_path / "untied")
 
 
+EXPERT_LAYOUTS = {
+    "EP2": (ParallelLayout(expert=2), 2),
+    "EP4": (ParallelLayout(expert=4), 4),
+    "EP2xPP2": (ParallelLayout(expert=2, pipeline=2), 4),
+    "EP2xTP2": (ParallelLayout(expert=2, tensor=2), 2),
+    "EP4xTP2": (ParallelLayout(expert=4, tensor=2), 4),
+}
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_a_mixture_of_experts_round_trips_with_its_experts_spread(pool: RankPool, tmp_path: Path, name: str) -> None:
+    folder = write_tiny_model(tmp_path / "hf", "qwen3_moe", vocab_size=263)
+    layout, world_size = EXPERT_LAYOUTS[name]
+    pool.run(_through_layout, folder, tmp_path / "back", layout, 16, world_size=world_size)
+    _assert_identical(folder, tmp_path / "back")
+
+
 SEQUENCES = [torch.arange(3, 90), torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1))]
 
 
@@ -117,6 +134,18 @@ def test_logits_equal_transformers(pool: RankPool, tmp_path: Path, family: str, 
     measured = [difference for difference in differences if difference is not None]
     assert measured
     # fp32 sums in another order over 64 to 96 terms; measured 1e-5 at logits of scale 10.
+    assert max(measured) < 1e-4
+
+
+@pytest.mark.parametrize("as_teacher", [False, True], ids=["student", "teacher"])
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_logits_equal_transformers_with_experts_spread(pool: RankPool, tmp_path: Path, name: str, as_teacher: bool) -> None:
+    folder = write_tiny_model(tmp_path / "hf", "qwen3_moe", vocab_size=263)
+    layout, world_size = EXPERT_LAYOUTS[name]
+    differences = pool.run(_logit_difference, folder, layout, as_teacher, world_size=world_size)
+    measured = [difference for difference in differences if difference is not None]
+    assert len(measured) == world_size // layout.pipeline
+    # As above.
     assert max(measured) < 1e-4
 
 

@@ -121,7 +121,7 @@ def _what_inference_leaves(layout: ParallelLayout) -> tuple[bool, bool, bool]:
     model = build_gpt(source.architecture, groups, precision="fp32", vocab_multiple=16)
 
     before = _sequence_flags(model)
-    with inference_mode(model):
+    with inference_mode(model, groups):
         inside = _sequence_flags(model)
     restored = _sequence_flags(model) == before
     weight = weakref.ref(next(model.parameters()))

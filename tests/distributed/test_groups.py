@@ -31,7 +31,7 @@ LAYOUTS = [
     ParallelLayout(expert=2, tensor=2, context=2),
     ParallelLayout(expert=2, expert_tensor=2, tensor=2),
 ]
-NAMES = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "mp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_ep_pp")
+NAMES = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "tp_dp_cp", "mp", "ep", "expt_tp", "expt_dp", "tp_ep", "tp_ep_pp")
 
 
 def _members(collection: ProcessGroupCollection) -> dict[str, list[int]]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from opd_megatron.models.architecture import Rope, parse_architecture
+from opd_megatron.models.architecture import Experts, Rope, parse_architecture
 from opd_megatron.models.gpt import inverse_frequencies
 from tests.model_configs import FAMILIES, LLAMA3, SIZES, architecture_of, config_of, refusal
 
@@ -53,13 +53,13 @@ def test_both_ways_of_writing_a_config_give_one_architecture(family: str, form: 
     assert older.rope == rope
 
 
-@pytest.mark.parametrize(("family", "config_class"), [("qwen2", Qwen2Config), ("qwen3", Qwen3Config), ("llama", LlamaConfig)])
+@pytest.mark.parametrize(("family", "config_class"), [("qwen2", Qwen2Config), ("qwen3", Qwen3Config), ("qwen3_moe", Qwen3MoeConfig), ("llama", LlamaConfig)])
 def test_fields_are_what_transformers_understands(family: str, config_class: Any) -> None:
     """transformers' own objects are the reference; what it writes itself is read back as it is."""
     written = config_class(**{**SIZES, "tie_word_embeddings": True, "architectures": [FAMILIES[family]]})
     architecture = parse_architecture(json.loads(written.to_json_string()), "config.json")
     assert architecture.family == family
-    assert (architecture.qkv_bias, architecture.qk_norm) == (family == "qwen2", family == "qwen3")
+    assert (architecture.qkv_bias, architecture.qk_norm) == (family == "qwen2", family in ("qwen3", "qwen3_moe"))
     assert (architecture.num_layers, architecture.hidden_size, architecture.ffn_hidden_size) == (2, 64, 96)
     assert (architecture.num_heads, architecture.num_kv_heads) == (8, 4)
     assert architecture.head_dim == getattr(written, "head_dim", 64 // 8)
@@ -73,12 +73,49 @@ def test_fields_that_may_be_absent_take_the_familys_defaults() -> None:
     # transformers' Qwen3Config has 128 whatever the hidden size.
     assert architecture_of("qwen3", head_dim=...).head_dim == Qwen3Config().head_dim == 128
     assert architecture_of("qwen3", head_dim=24).head_dim == 24
+    # Qwen3MoeConfig has no head size of its own.
+    assert architecture_of("qwen3_moe", head_dim=...).head_dim == 8
     assert not architecture_of("llama").tied
+
+
+def _experts_of(config: Qwen3MoeConfig) -> Experts:
+    return Experts(
+        num_experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        ffn_hidden_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        aux_loss_coefficient=config.router_aux_loss_coef,
+    )
+
+
+MIXTURE = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True, "router_aux_loss_coef": 0.01}
+
+
+def test_experts_are_what_transformers_understands() -> None:
+    written = Qwen3MoeConfig(**SIZES, **MIXTURE, architectures=[FAMILIES["qwen3_moe"]])
+    architecture = parse_architecture(json.loads(written.to_json_string()), "config.json")
+    assert (
+        architecture.experts
+        == _experts_of(written)
+        == Experts(num_experts=12, experts_per_token=3, ffn_hidden_size=40, norm_topk_prob=True, aux_loss_coefficient=0.01)
+    )
+    # Published files say num_experts, transformers 5 writes num_local_experts.
+    assert architecture_of("qwen3_moe", **MIXTURE) == architecture
+    assert architecture_of("qwen3_moe").experts == _experts_of(Qwen3MoeConfig())
+    assert architecture_of("qwen3").experts is None
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "other architecture": ("llama", {"architectures": ["GPT2LMHeadModel"]}, ["'GPT2LMHeadModel' is not supported", *FAMILIES.values()]),
-    "mixture of experts": ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, ["'Qwen3MoeForCausalLM' is not supported"]),
+    "other mixture of experts": ("qwen3", {"architectures": ["Qwen2MoeForCausalLM"]}, ["'Qwen2MoeForCausalLM' is not supported"]),
+    "sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step=2", "only 1", "every layer"]),
+    "dense layers": ("qwen3_moe", {"mlp_only_layers": [0]}, ["mlp_only_layers=[0]", "only []", "every layer"]),
+    "more experts per token than experts": ("qwen3_moe", {**MIXTURE, "num_experts_per_tok": 13}, ["num_experts_per_tok=13 exceeds the model's 12 experts"]),
+    "one expert of weight 1": ("qwen3_moe", {**MIXTURE, "num_experts_per_tok": 1}, ["norm_topk_prob=True with num_experts_per_tok=1", "only false, or more"]),
+    "no experts": ("qwen3_moe", {"num_experts": 0}, ["num_experts=0 must be at least 1"]),
+    "weights of what sum": ("qwen3_moe", {"norm_topk_prob": "yes"}, ["norm_topk_prob='yes' is neither true nor false"]),
+    "auxiliary loss": ("qwen3_moe", {"router_aux_loss_coef": -1}, ["router_aux_loss_coef=-1 is not a number of at least 0"]),
+    "attention bias of qwen3_moe": ("qwen3_moe", {"attention_bias": True}, ["attention_bias=True", "only false"]),
     "no architecture": ("llama", {"architectures": ...}, ["architecture None is not supported"]),
     "empty architectures": ("llama", {"architectures": []}, ["architecture None is not supported"]),
     "rope type": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type='yarn'", "'default', 'linear' and 'llama3'"]),
@@ -148,7 +185,7 @@ def test_harmless_fields_of_published_configs_are_no_obstacle() -> None:
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(axis: str, size: int, parts: list[str]) -> None:
-    sizes = {"tensor": 1, "pipeline": 1, axis: size}
+    sizes = {"tensor": 1, "pipeline": 1, "expert": 1, axis: size}
     with pytest.raises(ValueError) as caught:
         architecture_of().check_layout("teacher", **sizes)
     assert f"teacher.layout.{axis}={size} does not divide the teacher's {parts[0]}; use one of {parts[1]}" in str(caught.value)
@@ -156,7 +193,27 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(axis: str, size: int
 
 def test_feed_forward_columns_must_divide_too() -> None:
     with pytest.raises(ValueError, match="90 feed-forward columns"):
-        architecture_of(intermediate_size=90).check_layout("student", tensor=4, pipeline=1)
+        architecture_of(intermediate_size=90).check_layout("student", tensor=4, pipeline=1, expert=1)
+
+
+def test_experts_divide_over_expert_parallelism_and_stay_whole_under_tensor_parallelism() -> None:
+    mixture = architecture_of("qwen3_moe", **MIXTURE, intermediate_size=90)
+    mixture.check_layout("student", tensor=4, pipeline=2, expert=4)
+    with pytest.raises(ValueError, match=r"teacher.layout.expert=8 does not divide the teacher's 12 experts; use one of \[1, 2, 3, 4, 6, 12\]"):
+        mixture.check_layout("teacher", tensor=1, pipeline=1, expert=8)
+    with pytest.raises(ValueError, match=r"student.layout.expert=2 spreads experts, and the student is a dense llama model without any; use 1"):
+        architecture_of().check_layout("student", tensor=1, pipeline=1, expert=2)
+    with pytest.raises(ValueError, match=r"teacher.layout.expert_tensor=2 is not supported: an expert stays whole on its rank; use 1 and a larger expert"):
+        mixture.check_layout("teacher", tensor=2, pipeline=1, expert_tensor=2)
+
+
+def test_a_mixture_trains_under_tensor_parallelism_only_with_sequence_parallelism() -> None:
+    mixture = architecture_of("qwen3_moe")
+    with pytest.raises(ValueError, match=r"student.layout.tensor=2 .*; set student.layout.sequence=true, or tensor=1"):
+        mixture.check_training("student", tensor=2, sequence=False)
+    mixture.check_training("student", tensor=2, sequence=True)
+    mixture.check_training("student", tensor=1, sequence=False)
+    architecture_of().check_training("student", tensor=2, sequence=False)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 3, 4])

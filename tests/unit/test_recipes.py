@@ -17,6 +17,7 @@ from opd_megatron.config import RunConfig, apply_overrides
 from opd_megatron.training.preflight import check_run
 from recipes import run
 from recipes.quickstart import quickstart
+from tests.tiny import write_tiny_model
 
 ROOT = Path(run.__file__).parents[1]
 RECIPES = run.all_recipes()
@@ -218,6 +219,18 @@ def test_tokenizers_that_differ_are_refused(tmp_path: Path) -> None:
         check_run(apply_overrides(quickstart(), overrides), 4)
     # Supervised fine-tuning has no teacher to agree with.
     check_run(apply_overrides(quickstart(), [*overrides, "training.objective=sft"]), 4)
+
+
+def test_experts_are_refused_where_they_cannot_train_or_be_spread(tmp_path: Path) -> None:
+    mixture = write_tiny_model(tmp_path / "mixture", "qwen3_moe")
+    wrong = {
+        "student.layout.tensor=2": "trains a mixture of experts only under sequence parallelism.*set student.layout.sequence=true, or tensor=1",
+        "student.layout.expert=2 student.layout.expert_tensor=2": "student.layout.expert_tensor=2 is not supported",
+        "student.layout.sequence=true teacher.layout.expert=2": "teacher.layout.expert=2 spreads experts, and the teacher is a dense qwen3 model",
+    }
+    for layout, message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            check_run(apply_overrides(quickstart(), [f"student.hf={mixture}", "training.micro_batch=1", *layout.split()]), 8)
 
 
 # Keys that users' scripts set, with a value other than the default where one is supported.

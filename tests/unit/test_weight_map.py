@@ -22,6 +22,7 @@ MAPPED = {
     "qwen2": architecture_of("qwen2"),
     "qwen2 tied": architecture_of("qwen2", tie_word_embeddings=True),
     "qwen3": architecture_of("qwen3", head_dim=24),
+    "qwen3_moe": architecture_of("qwen3_moe", head_dim=24, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=40),
     "llama": architecture_of("llama"),
     "llama, one query head a group": architecture_of("llama", num_key_value_heads=8),
 }
@@ -49,7 +50,7 @@ def test_to_hf_inverts_to_megatron_in_every_row(family: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(parts, back.values(), strict=True)), row.megatron
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_map_names_every_tensor_of_transformers_model_once(family: str, tied: bool, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", family, tied=tied, num_hidden_layers=2)
@@ -57,7 +58,7 @@ def test_the_map_names_every_tensor_of_transformers_model_once(family: str, tied
     stored = load_file(folder / "model.safetensors")
     named = [name for row in rows for name in row.hf]
     assert sorted(named) == sorted(stored)
-    assert len({row.megatron for row in rows}) == len(rows)
+    assert len({row.name for row in rows}) == len(rows)
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
         name: shape for row in rows for name, shape in zip(row.hf, row.part_shapes, strict=True)
     }
