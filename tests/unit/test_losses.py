@@ -165,9 +165,10 @@ def test_a_tied_head_gets_the_gradient_of_both_its_uses():
     assert relative_error(*gradients) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(
-    "case", [*({"kind": kind} for kind in KINDS), {"kind": "reverse_kl", "pointwise_clip": 0.1}, {"kind": "topk_tail_forward"}, {"kind": "k1"}], ids=str
-)
+MASKED_CASES = [*({"kind": kind} for kind in (*KINDS, "topk_tail_forward", "k1")), {"kind": "reverse_kl", "pointwise_clip": 0.1}]
+
+
+@pytest.mark.parametrize("case", MASKED_CASES, ids=str)
 def test_rows_masked_in_one_model_still_tell_the_students_own_numbers(case):
     """A head of -inf masks every row. Without the student there is no entropy and every id has log-probability -inf; without the teacher both are as ever."""
     ones, masked = torch.ones(3, 1), torch.full((8, 1), -math.inf)
