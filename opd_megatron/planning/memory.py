@@ -74,16 +74,17 @@ def rank_memory(rank: PlannedRank) -> RankMemory:
 
 
 def _states(rank: PlannedRank) -> list[Term]:
-    """Weights, gradients and optimizer of the student."""
+    """Weights, gradients and optimizer of the student; offloaded, the last two are there in training only."""
     student = rank.student
     count, itemsize = student.num_parameters, student.dtype.itemsize
     master = 0 if student.dtype == torch.float32 else FP32_BYTES
+    updating: Phase = "train" if rank.config.training.offload_optimizer else "always"
     return [
         Term(name="weights", phase="always", num_bytes=count * itemsize, why=f"{count:,} parameters of {itemsize} bytes"),
-        Term(name="gradients", phase="always", num_bytes=count * FP32_BYTES, why="fp32 buffer of DistributedDataParallel"),
+        Term(name="gradients", phase=updating, num_bytes=count * FP32_BYTES, why="fp32 buffer of DistributedDataParallel"),
         Term(
             name="optimizer",
-            phase="always",
+            phase=updating,
             num_bytes=-(-count * (master + 2 * FP32_BYTES) // student.groups.num_writers),
             why=f"fp32 {'master weights and ' if master else ''}two moments, split over the {student.groups.num_writers} ranks of DP x CP; padding ignored",
         ),
@@ -177,8 +178,12 @@ def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list
     architecture, itemsize, tensor = teacher.known.architecture, teacher.dtype.itemsize, teacher.groups.layout.tensor
     row_bytes, payload, tokens = architecture.hidden_size * itemsize, rank.payload, shape.teacher_batch_tokens
     held, buffered, needed = payload.held_rows(rank.rank), payload.buffered_rows(rank.rank), payload.needed_rows(rank.rank)
+    evaluates = bool(rank.config.evaluation.teacher and rank.config.evaluation.prompts)
     terms = [
-        Term(name="teacher weights", phase="always", num_bytes=teacher.num_parameters * itemsize, why=f"{teacher.num_parameters:,} parameters, no gradient"),
+        *(
+            Term(name="teacher weights", phase=phase, num_bytes=teacher.num_parameters * itemsize, why=f"{teacher.num_parameters:,} parameters, no gradient")
+            for phase in _teacher_phases(rank, evaluates)
+        ),
         Term(
             name="teacher forward",
             phase="teacher",
@@ -198,6 +203,13 @@ def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list
         num_columns = rank.padded_vocab // rank.student.groups.layout.tensor
         why = f"[W {num_columns:,}, G {architecture.hidden_size:,}], cut as the student's vocabulary is"
         terms.append(Term(name="teacher head slice", phase="always", num_bytes=num_columns * row_bytes, why=why))
-    if rank.config.evaluation.teacher and rank.config.evaluation.prompts:
+    if evaluates:
         terms += _evaluation(rank, teacher, shape, "teacher evaluation")
     return terms
+
+
+def _teacher_phases(rank: PlannedRank, evaluates: bool) -> list[Phase]:
+    """Return when the teacher's weights are on the device."""
+    if rank.teacher_settings is None or rank.teacher_settings.placement != "offloaded":
+        return ["always"]
+    return ["teacher", "teacher evaluation"] if evaluates else ["teacher"]

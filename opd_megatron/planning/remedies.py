@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from opd_megatron.planning.text import GIB
 
 # A remedy is tried at 2, 4 and 8 times its strength.
 _DOUBLINGS = (2, 4, 8)
+_NUM_SHOWN = 3
 # The keys that shrink a term; `*` grows, `/` shrinks.
 _REMEDIES = {
     "weights": ("*student.layout.tensor", "*student.layout.pipeline"),
-    "gradients": ("*student.layout.tensor", "*student.layout.pipeline"),
-    "optimizer": ("*world_size", "*student.layout.tensor", "*student.layout.pipeline"),
+    "gradients": ("training.offload_optimizer=true", "*student.layout.tensor", "*student.layout.pipeline"),
+    "optimizer": ("training.offload_optimizer=true", "*world_size", "*student.layout.tensor", "*student.layout.pipeline"),
     "activations": (
         "/training.micro_batch",
         "student.layout.sequence=true",
@@ -27,7 +29,7 @@ _REMEDIES = {
     "loss chunk": ("*student.layout.tensor", "/training.micro_batch", "loss.chunk_tokens=256"),
     "head gradient": ("*student.layout.tensor",),
     "teacher head slice": ("*student.layout.tensor",),
-    "teacher weights": ("*teacher.layout.tensor", "*teacher.layout.pipeline"),
+    "teacher weights": ("teacher.placement=offloaded", "*teacher.layout.tensor", "*teacher.layout.pipeline"),
     "teacher forward": ("/teacher.micro_batch", "*teacher.layout.tensor", "*teacher.layout.context"),
     "payload": ("*world_size", "/data.batch_prompts"),
     "KV cache": ("/rollout.batch_sequences", "*student.layout.tensor"),
@@ -37,19 +39,16 @@ _REMEDIES = {
 
 
 def shortfall(plan: Plan, gpu_memory_bytes: int, published: Sequence[Path]) -> str | None:
-    """Return None if every rank fits, else what the largest rank needs, its largest terms, and the changes after which the plan would fit."""
+    """Return None if every rank fits, else what the largest rank needs, its largest terms, and up to three changes after which the plan would fit."""
     largest = plan.largest
     if largest.total_bytes <= gpu_memory_bytes:
         return None
     terms = largest.peak_terms
     parts = ", ".join(f"{term.name} {term.num_bytes / GIB:.1f}" for term in terms[:3])
-    fits = []
-    for key in _keys(terms):
-        change = _smallest_change(plan.config, key, gpu_memory_bytes, published)
-        if change is not None and change not in fits:
-            fits.append(change)
+    changes = (_smallest_change(plan.config, key, gpu_memory_bytes, published) for key in _keys(terms))
+    fits = list(itertools.islice((change for change in changes if change is not None), _NUM_SHOWN))
     way_out = (
-        f"it would fit with {', or '.join(fits[:3])}" if fits else "no single change of these fits; combine more ranks, a wider layout and shorter responses"
+        f"it would fit with {', or '.join(fits)}" if fits else "no single change of those tried fits; combine more ranks, a wider layout and shorter responses"
     )
     return f"rank {largest.rank} needs {largest.total_bytes / GIB:.1f} of {gpu_memory_bytes / GIB:.1f} GiB; largest: {parts} GiB; {way_out}"
 

@@ -80,7 +80,9 @@ def _memory(plan: Plan, gpu_memory_bytes: int) -> Iterator[str]:
         if names:
             yield "always there" if phase == "always" else f"during {phase}"
         for name in names:
-            yield _row(f"  {name.partition(',')[0]}", [_gib(sum(term.num_bytes for term in rank.terms if term.name == name)) for rank in ranks])
+            yield _row(
+                f"  {name.partition(',')[0]}", [_gib(sum(term.num_bytes for term in rank.terms if (term.name, term.phase) == (name, phase))) for rank in ranks]
+            )
     yield _row("always there + largest phase", [_gib(rank.total_bytes) for rank in ranks])
     yield _row("  which is", [rank.peak_phase for rank in ranks])
     yield _row("of a GPU's", [_gib(gpu_memory_bytes) for _ in ranks])

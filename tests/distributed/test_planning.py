@@ -86,6 +86,7 @@ def build(config: RunConfig) -> tuple[Any, Any]:
         student_padded_vocab=student.padded_vocab,
         precision=config.training.precision,
         micro_batch=config.teacher.micro_batch,
+        placement=config.teacher.placement,
         device=device,
     )
     return student, teacher
@@ -118,19 +119,18 @@ def layouts(name: str) -> tuple[ParallelLayout, ParallelLayout]:
 
 def held_bytes(config: RunConfig) -> dict[str, int]:
     """Return what this rank really holds of each kind, every storage once."""
-    from opd_megatron.training.optimizer import _adam_states, prime_adam
+    from opd_megatron.training.optimizer import optimizer_state, prime_adam
 
     student, teacher = build(config)
     teacher.score(longest_rollouts(config))
     prime_adam(student.optimizer)
     weights = storages(student.model.parameters())
     gradients = storages(buffer.grad_data for buffer in student.ddp.buffers)
-    optimizer = storages(tensor for state, master in _adam_states(student.optimizer) for tensor in (master, state["exp_avg"], state["exp_avg_sq"]))
+    optimizer = storages(optimizer_state(student.optimizer))
     return {
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),
-        # In fp32 the optimizer's weights are views of the model's.
-        "optimizer": sum(size for place, size in optimizer.items() if place not in weights),
+        "optimizer": sum(optimizer.values()),
         "teacher weights": sum(storages(teacher.model.parameters()).values()),
         "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
         "payload bytes": teacher.payload_bytes,
@@ -165,6 +165,48 @@ def test_ranks_hold_what_was_planned(models: Path, pool: RankPool, planner: Call
             # Megatron aligns every parameter in its buffers, which is much of a tiny norm and nothing of a real matrix.
             rel = 0.1 if kind in ("weights", "gradients", "optimizer") else 0
             assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
+
+
+def bytes_inside_and_outside(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """Return, of what is offloaded, the bytes on the device in the phase that needs it and in the others."""
+    from opd_megatron.training.optimizer import optimizer_state, prime_adam
+
+    student, teacher = build(config)
+    with student.optimizer_on_device():
+        prime_adam(student.optimizer)
+
+    def now() -> dict[str, int]:
+        kinds = {
+            "gradients": [buffer.grad_data for buffer in student.ddp.buffers],
+            "optimizer": optimizer_state(student.optimizer),
+            "teacher weights": list(teacher.model.parameters()),
+        }
+        return {kind: sum(storages(tensors).values()) for kind, tensors in kinds.items()}
+
+    outside = now()
+    with student.optimizer_on_device(), teacher.on_device():
+        inside = now()
+    return {kind: (inside[kind], outside[kind]) for kind in inside}
+
+
+def planned_phases(config: RunConfig) -> dict[str, dict[str, int]]:
+    from opd_megatron.planning import make_plan
+
+    phases: dict[str, dict[str, int]] = {}
+    for term in make_plan(config, PUBLISHED).ranks[0].terms:
+        phases.setdefault(term.name, {})[term.phase] = term.num_bytes
+    return phases
+
+
+def test_what_waits_on_the_host_is_planned_for_its_phase_only(models: Path, pool: RankPool, planner: Callable[..., Any]) -> None:
+    config = tiny_config(models, *layouts("TP2xPP2, teacher DP4"), world_size=4)
+    config = apply_overrides(config, ["teacher.placement=offloaded", "training.offload_optimizer=true"])
+    planned = planner(planned_phases, config)
+    for kind, (inside, outside) in pool.run(bytes_inside_and_outside, config)[0].items():
+        assert list(planned[kind]) == ["teacher" if kind == "teacher weights" else "train"]
+        # As above: alignment of tiny parameters.
+        assert sum(planned[kind].values()) == pytest.approx(inside, rel=0.1)
+        assert outside == 0
 
 
 def saved_bytes(config: RunConfig) -> int:
