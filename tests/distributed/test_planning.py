@@ -55,7 +55,7 @@ def planner() -> Iterator[Callable[..., Any]]:
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     with ProcessPoolExecutor(1, mp_context=context) as executor:
-        yield lambda function, *arguments: executor.submit(function, *arguments).result(timeout=120)
+        yield lambda function, *arguments: executor.submit(function, *arguments).result(timeout=300)
 
 
 def tiny_config(models: Path, student: ParallelLayout, teacher: ParallelLayout, *, world_size: int, precision: str = "fp32", micro_batch: int = 2) -> RunConfig:
@@ -366,6 +366,12 @@ def summary(config: RunConfig, gpu_gib: float = 80) -> tuple[str | None, dict[st
     return shortfall(plan, round(gpu_gib * GIB), PUBLISHED), as_json(plan, round(gpu_gib * GIB))
 
 
+def timed_summary(config: RunConfig) -> tuple[Any, float]:
+    """Return the summary with the processor time it took."""
+    started = time.process_time()
+    return summary(config), time.process_time() - started
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_planned(planner: Callable[..., Any], name: str) -> None:
     missing, record = planner(summary, RECIPES[name]())
@@ -390,7 +396,7 @@ PARAMETERS = {
 }
 
 
-def test_every_published_architecture_has_its_number_of_parameters() -> None:
+def test_every_published_architecture_is_among_those_counted() -> None:
     assert {path.name for path in PUBLISHED[0].iterdir() if path.is_dir()} == set(PARAMETERS)
 
 
@@ -412,10 +418,9 @@ LARGE = [
 
 def test_a_world_of_1024_ranks_is_planned_in_seconds(planner: Callable[..., Any]) -> None:
     config = apply_overrides(find_recipe("qwen3_1p7b_from_8b_8gpu_h100")(), LARGE)
-    started = time.perf_counter()
-    _, record = planner(summary, config)
-    # 5 s on an idle core; the machine that runs tests is not idle.
-    assert time.perf_counter() - started < 60
+    (_, record), seconds = planner(timed_summary, config)
+    # 6 s of a core of 2026, by its own clock: the machine that runs tests may be busy.
+    assert seconds < 30
     stages = [(rank["student_stage"], rank["teacher_stage"]) for rank in record["ranks"]]
     assert stages == [(stage, stage // 2) for stage in range(8)]
     assert {rank["rank"] for rank in record["ranks"]} >= {0, 512, 1023}
