@@ -53,9 +53,11 @@ class Plan:
 def make_plan(config: RunConfig, published: Sequence[Path]) -> Plan:
     """Return the plan of a run on `config.world_size` ranks; `published` are for models that are not here yet: `know_model`.
 
-    Raises ValueError where the layouts fit neither the world nor the models.
+    Raises ValueError where the layouts do not fit the world or the models, and for a teacher on ranks of its own.
     """
     config.check_world(config.world_size)
+    if config.num_teacher_ranks:
+        raise ValueError("teacher.placement=dedicated is not planned yet; plan it as colocated or offloaded")
     student = know_model("student", config.student, published)
     teacher = know_model("teacher", config.teacher, published) if config.teacher is not None and config.training.objective == "opd" else None
     payload = step_payload(config)

@@ -74,22 +74,17 @@ def build(config: RunConfig) -> tuple[Any, Any]:
     """Return the student and the teacher that a rank of a run builds."""
     from opd_megatron.models.weights import open_weights
     from opd_megatron.parallel.groups import student_groups, teacher_groups
+    from opd_megatron.parallel.world import worlds
     from opd_megatron.teacher.teacher import Teacher
+    from opd_megatron.training.setup import make_router, make_scorer
     from opd_megatron.training.student import Student
 
-    device = torch.device("cpu")
+    device, source = torch.device("cpu"), open_weights(hf=config.teacher.hf)
     student = Student(config, open_weights(hf=config.student.hf), student_groups(config.student.layout, 1), device)
-    teacher = Teacher(
-        open_weights(hf=config.teacher.hf),
-        teacher_groups(config.teacher.layout),
-        student.groups,
-        student_padded_vocab=student.padded_vocab,
-        precision=config.training.precision,
-        micro_batch=config.teacher.micro_batch,
-        placement=config.teacher.placement,
-        device=device,
-    )
-    return student, teacher
+    scorer = make_scorer(source, config, teacher_groups(config.teacher.layout), device)
+    with worlds(0) as bridge:
+        router = make_router(source, config, bridge)
+    return student, Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=device)
 
 
 def longest_rollouts(config: RunConfig) -> Any:
@@ -131,7 +126,7 @@ def held_bytes(config: RunConfig) -> dict[str, int]:
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),
         "optimizer": sum(optimizer.values()),
-        "teacher weights": sum(storages(teacher.model.parameters()).values()),
+        "teacher weights": sum(storages(teacher.scorer.model.parameters()).values()),
         "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
         "payload bytes": teacher.payload_bytes,
     }
@@ -179,12 +174,12 @@ def bytes_inside_and_outside(config: RunConfig) -> dict[str, tuple[int, int]]:
         kinds = {
             "gradients": [buffer.grad_data for buffer in student.ddp.buffers],
             "optimizer": optimizer_state(student.optimizer),
-            "teacher weights": list(teacher.model.parameters()),
+            "teacher weights": list(teacher.scorer.model.parameters()),
         }
         return {kind: sum(storages(tensors).values()) for kind, tensors in kinds.items()}
 
     outside = now()
-    with student.optimizer_on_device(), teacher.on_device():
+    with student.optimizer_on_device(), teacher.scorer.on_device():
         inside = now()
     return {kind: (inside[kind], outside[kind]) for kind in inside}
 
@@ -493,6 +488,7 @@ def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -
         (("quickstart", "--gpu-memory", "nan"), "--gpu-memory nan must be positive"),
         (("quickstart", "--nodes", "1", "--gpus-per-node", "6"), "world_size=6 is not a multiple"),
         (("quickstart", "student.layout.tensor=4", "student.layout.pipeline=1"), "does not divide the student's 2 key-value heads"),
+        (("quickstart", "teacher.placement=dedicated", "teacher.num_ranks=2", "student.layout.pipeline=1"), "teacher.placement=dedicated is not planned yet"),
         (("quickstart", "student.hf=models/Qwen9-1B"), "student.hf='models/Qwen9-1B' is not on this machine"),
         (("quickstart", "student.hf=null", "student.checkpoint=nowhere"), "student.checkpoint='nowhere' is not on this machine"),
         (("quickstart", "teacher.hf=recipes"), "recipes is not a Hugging Face model folder"),
