@@ -75,8 +75,10 @@ def build_gpt(architecture: Architecture, groups: ModelGroups, *, precision: Lit
         share_embeddings_and_output_weights=architecture.tied,
         pg_collection=groups.collection,
     )
-    frequencies = model.rotary_pos_emb.inv_freq
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(frequencies.device)
+    device = model.rotary_pos_emb.inv_freq.device
+    # The same bits on every device; and a model built on the meta device, which has no bits, still has its frequencies.
+    with torch.device("cpu"):
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(device)
     for name, parameter in model.named_parameters():
         if ".local_experts." in name:
             # Megatron says so where expert parallelism is used. But experts that are whole on every tensor rank always see other tokens than

@@ -90,6 +90,11 @@ class RankGrid:
         return "[" + " | ".join(parts) + "]"
 
 
+def replica_share(count: int, replica: int, num_replicas: int) -> range:
+    """Return the indices of the contiguous share of `count` things that one of several replicas takes; shares differ by one at most."""
+    return range(count * replica // num_replicas, count * (replica + 1) // num_replicas)
+
+
 def _offsets(axes: Sequence[str], shape: dict[str, int], strides: dict[str, int], start: int = 0) -> list[int]:
     """Return start + the offsets of all places along `axes`, the fastest axis innermost."""
     ranges = [range(0, shape[name] * strides[name], strides[name]) for name in reversed(axes)]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from opd_megatron.data.batches import Sample
 from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.parallel.layout import replica_share
 from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.sampling import SamplingSettings
 
@@ -26,7 +27,7 @@ class Rollouts:
 
     def share(self, rank: int, size: int) -> range:
         """Return the indices of the contiguous share of one data-parallel replica."""
-        return _share(len(self.samples), rank, size)
+        return replica_share(len(self.samples), rank, size)
 
     @property
     def longest(self) -> int:
@@ -53,7 +54,7 @@ def sample_rollouts(
     The random numbers of a sample depend on `key` and on its place in the batch only: any layout writes the same text.
     """
     wanted = [(place, index, ids, sample) for place, (index, ids) in enumerate(prompts) for sample in range(samples_per_prompt)]
-    mine = [wanted[index] for index in _share(len(wanted), groups.writer, groups.num_writers)]
+    mine = [wanted[index] for index in replica_share(len(wanted), groups.writer, groups.num_writers)]
     responses = sampler.generate([ids for _, _, ids, _ in mine], [(*key, place, sample) for place, _, _, sample in mine], settings)
     written = [
         Sample(index, sample, torch.tensor(ids), response.ids, response.logp, response.finished)
@@ -62,10 +63,6 @@ def sample_rollouts(
     gathered: list[list[Sample]] = [[] for _ in range(groups.num_writers)]
     dist.all_gather_object(gathered, written, group=groups.collection.dp_cp)
     return Rollouts(tuple(sample for replica in gathered for sample in replica), policy_version)
-
-
-def _share(count: int, rank: int, size: int) -> range:
-    return range(count * rank // size, count * (rank + 1) // size)
 
 
 def record_rollouts(rollouts: Rollouts, file: Path) -> None:

@@ -27,6 +27,8 @@ ALLOWED = {
     "teacher": PARTS | {"rollout", "parallel", "config"},
     "evaluation": PARTS | {"rollout", "parallel", "config"},
     "training": PARTS | {"rollout", "teacher", "evaluation", "parallel", "config", "reporting"},
+    # Nobody but tools imports it: a run does not depend on its plan. It plans messages by the teacher's own routing of samples.
+    "planning": {"models", "losses", "data", "teacher", "parallel", "config"},
     # Leaves: anyone above may use them, they use nobody.
     "reporting": set(),
     "launch": set(),
@@ -34,7 +36,7 @@ ALLOWED = {
 # Pure functions of tensors and groups.
 PURE = {"losses": {"torch", "triton"}, "align": {"torch", "triton", "transformers"}}
 FOREIGN = {
-    "megatron": {"models", "parallel", "rollout", "teacher", "training"},
+    "megatron": {"models", "parallel", "rollout", "teacher", "training", "planning"},
     "transformers": {"models", "data", "align", "tools"},
     "nemo_run": {"launch"},
     # Chosen through Megatron-Core's own layer specs.

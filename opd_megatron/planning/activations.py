@@ -1,0 +1,79 @@
+"""What autograd keeps for the backward, per token.
+
+The terms follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv:2205.05198), section 4, which
+counts the tensors that each operation of a layer saves and divides them by the tensor-parallel size t, those between the split parts only
+under sequence parallelism. Adapted to what the layers here do: SwiGLU in place of GeLU, grouped-query attention, flash attention (no scores,
+but a logarithm of their sum per head), RMSNorm on queries and keys, rotary embedding, no dropout, no recomputation.
+`tests/distributed/test_planning.py` compares the sum with what PyTorch saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_megatron.config import ParallelLayout
+from opd_megatron.models.architecture import Architecture
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ActivationTerm:
+    """Bytes that one layer keeps for one token; `why` says what they are."""
+
+    num_bytes: float
+    why: str
+
+
+def layer_activations(architecture: Architecture, layout: ParallelLayout, *, itemsize: int, micro_batch: int) -> list[ActivationTerm]:
+    """Return what one layer saves for one token of a micro-batch: h hidden, f feed-forward, a heads and g key-value heads of size d, t tensor."""
+    hidden, ffn, tensor = architecture.hidden_size, architecture.ffn_hidden_size / layout.tensor, layout.tensor
+    heads, kv_heads, head_dim = architecture.num_heads / tensor, architecture.num_kv_heads / tensor, architecture.head_dim
+    whole = tensor if layout.sequence else 1
+    # With one key-value head a rank the queries of the fused projection are contiguous; otherwise they are copied out of it.
+    copied_heads = heads if architecture.qk_norm and kv_heads > 1 else 0
+    normed_heads = heads + kv_heads if architecture.qk_norm else 0
+    # Held as values, which are a view of it, or as the keys that a norm reads; gathered values are not.
+    projected_heads = heads + 2 * kv_heads if layout.context == 1 or architecture.qk_norm else 0
+    return [
+        ActivationTerm(2 * itemsize * hidden / whole, "inputs of both norms: 2h"),
+        ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection: 2h"),
+        ActivationTerm(itemsize * projected_heads * head_dim, "queries, keys and values as projected: (a + 2g) d / t"),
+        ActivationTerm(itemsize * copied_heads * head_dim, "queries again, as their norm reads them: a d / t"),
+        *_attention(heads * head_dim, kv_heads * head_dim, layout.context, itemsize),
+        ActivationTerm(FP32_BYTES * heads, "logarithm of the sum of attention scores, fp32: a / t"),
+        ActivationTerm(FP32_BYTES * (2 / whole + normed_heads), "one fp32 number of every norm"),
+        # One row per position, whatever the number of sequences.
+        ActivationTerm(4 * itemsize * head_dim / micro_batch, "cosines and sines of the rotation of queries and of keys: 4d a position"),
+        # Megatron-Core adds an offset of 0 to the up projection, which copies it.
+        ActivationTerm(5 * itemsize * ffn, "gate and up, silu of gate, up plus its offset, their product: 5f / t"),
+    ]
+
+
+def _attention(query_width: float, key_width: float, context: int, itemsize: int) -> list[ActivationTerm]:
+    """Return what attention saves for one token; over context ranks it reads keys and values of all, and joins two outputs."""
+    if context == 1:
+        return [
+            ActivationTerm(itemsize * (query_width + key_width), "queries and keys after rotation: (a + g) d / t"),
+            ActivationTerm(itemsize * query_width, "output of attention: a d / t"),
+        ]
+    return [
+        ActivationTerm(itemsize * query_width, "queries after rotation: a d / t"),
+        ActivationTerm(itemsize * 2 * key_width * context, "keys and values of all context ranks: 2 g d / t for each"),
+        ActivationTerm(itemsize * 2 * query_width, "outputs of attention, of both chunks and joined: 2 a d / t"),
+    ]
+
+
+def stage_activation_bytes(
+    architecture: Architecture, layout: ParallelLayout, *, itemsize: int, micro_batch: int, num_tokens: int, num_layers: int, is_last: bool
+) -> int:
+    """Return the bytes of one micro-batch of `num_tokens` tokens on a stage: its layers, and the last norm's input or what is sent on."""
+    per_layer = sum(term.num_bytes for term in layer_activations(architecture, layout, itemsize=itemsize, micro_batch=micro_batch))
+    whole = layout.tensor if layout.sequence else 1
+    end = (itemsize * architecture.hidden_size + (FP32_BYTES if is_last else 0)) / whole
+    return round(num_tokens * (num_layers * per_layer + end))
+
+
+def forward_bytes_per_token(architecture: Architecture, tensor: int, itemsize: int) -> int:
+    """Return what a forward without gradients holds at its widest, in the feed-forward layer: residual, input and output h, and 5f / t."""
+    return round(itemsize * (3 * architecture.hidden_size + 5 * architecture.ffn_hidden_size / tensor))

@@ -1,0 +1,215 @@
+"""GPU memory of one rank: what is always there, and what each phase of a step adds.
+
+Shapes: B sequences, T scored positions of a micro-batch, N tokens of one chunk, V vocabulary, W = this rank's slice of V, H / G hidden sizes.
+Left out: the CUDA context and communication buffers (a few GiB), the allocator's fragmentation, temporary gradients inside one layer's backward,
+padding of the gradient buffer, and loading and exporting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from opd_megatron.planning.activations import FP32_BYTES, forward_bytes_per_token, stage_activation_bytes
+from opd_megatron.planning.ranks import PlannedModel, PlannedRank
+from opd_megatron.planning.step_shape import StepShape
+
+Phase = Literal["always", "rollout", "teacher", "train", "evaluation", "teacher evaluation"]
+# Of fp32 [N, W], as counted in losses.vocab_parallel beside CHUNK_BYTES.
+_CHUNK_TENSORS = 5
+# Bytes per entry of [B, V] while a token is picked: fp32 logits as gathered and joined, scaled, normalised and exponentiated; two in fp64.
+_SAMPLING_BYTES = 5 * 4 + 2 * 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """Bytes of one kind of tensor, in one phase; `why` is how they are counted."""
+
+    name: str
+    phase: Phase
+    num_bytes: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """The terms of one rank. Phases follow one another, so the largest of them counts."""
+
+    rank: int
+    student_stage: int
+    teacher_stage: int | None
+    terms: tuple[Term, ...]
+
+    def phase_bytes(self, phase: Phase) -> int:
+        return sum(term.num_bytes for term in self.terms if term.phase == phase)
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max((term.phase for term in self.terms if term.phase != "always"), key=self.phase_bytes)
+
+    @property
+    def peak_terms(self) -> list[Term]:
+        """What is there at the peak, largest first."""
+        return sorted((term for term in self.terms if term.phase in ("always", self.peak_phase)), key=lambda term: -term.num_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.phase_bytes("always") + self.phase_bytes(self.peak_phase)
+
+
+def rank_memory(rank: PlannedRank) -> RankMemory:
+    """Return every term of a rank that is not zero."""
+    shape = StepShape(rank)
+    terms = [*_states(rank), *_training(rank, shape), *_generation(rank, shape)]
+    if rank.teacher is not None:
+        terms += _teacher(rank, rank.teacher, shape)
+    return RankMemory(
+        rank=rank.rank,
+        student_stage=rank.student.groups.stage,
+        teacher_stage=rank.teacher.groups.stage if rank.teacher else None,
+        terms=tuple(term for term in terms if term.num_bytes),
+    )
+
+
+def _states(rank: PlannedRank) -> list[Term]:
+    """Weights, gradients and optimizer of the student; offloaded, the last two are there in training only."""
+    student = rank.student
+    count, itemsize = student.num_parameters, student.dtype.itemsize
+    master = 0 if student.dtype == torch.float32 else FP32_BYTES
+    updating: Phase = "train" if rank.config.training.offload_optimizer else "always"
+    return [
+        Term(name="weights", phase="always", num_bytes=count * itemsize, why=f"{count:,} parameters of {itemsize} bytes"),
+        Term(name="gradients", phase=updating, num_bytes=count * FP32_BYTES, why="fp32 buffer of DistributedDataParallel"),
+        Term(
+            name="optimizer",
+            phase=updating,
+            num_bytes=-(-count * (master + 2 * FP32_BYTES) // student.groups.num_writers),
+            why=f"fp32 {'master weights and ' if master else ''}two moments, split over the {student.groups.num_writers} ranks of DP x CP; padding ignored",
+        ),
+    ]
+
+
+def _training(rank: PlannedRank, shape: StepShape) -> list[Term]:
+    """Activations and, on the last stage, the loss with the teacher's hidden states of the whole step."""
+    student, architecture, groups = rank.student, rank.student.known.architecture, rank.student.groups
+    itemsize, micro_batch = student.dtype.itemsize, rank.config.training.micro_batch
+    one = stage_activation_bytes(
+        architecture,
+        groups.layout,
+        itemsize=itemsize,
+        micro_batch=micro_batch,
+        num_tokens=shape.micro_batch_tokens,
+        num_layers=student.num_layers,
+        is_last=groups.is_last_stage,
+    )
+    flight = shape.num_in_flight
+    why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {student.num_layers} layers"
+    terms = [Term(name="activations", phase="train", num_bytes=flight * one, why=why)]
+    if not groups.is_last_stage:
+        return terms
+    num_columns, chunk = rank.padded_vocab // groups.layout.tensor, max(shape.chunk_tokens, default=0)
+    # A product of bf16 matrices is a new fp32 tensor before it is added; an fp32 one is added in place.
+    heads = 1 if student.dtype == torch.float32 else 2
+    return [
+        *terms,
+        Term(
+            name="loss chunk",
+            phase="train",
+            num_bytes=_CHUNK_TENSORS * FP32_BYTES * chunk * num_columns + 2 * itemsize * shape.scored_tokens * architecture.hidden_size,
+            why=f"{_CHUNK_TENSORS} fp32 [N {chunk:,}, W {num_columns:,}]; hidden states [T {shape.scored_tokens:,}, H] and their gradient",
+        ),
+        Term(
+            name="head gradient",
+            phase="train",
+            num_bytes=heads * FP32_BYTES * num_columns * architecture.hidden_size,
+            why=f"fp32 [W, H] of one micro-batch{', and one chunk of it' if heads > 1 else ''}",
+        ),
+    ]
+
+
+def _generation(rank: PlannedRank, shape: StepShape) -> list[Term]:
+    """The student as a writer of rollouts and of answers to held-out prompts."""
+    config = rank.config
+    terms = []
+    if config.training.objective == "opd" and not config.rollout.replay:
+        terms += _writing(rank, rank.student, shape, "rollout", config.num_sequences, config.rollout.max_response_tokens)
+    if config.evaluation.prompts:
+        terms += _evaluation(rank, rank.student, shape, "evaluation")
+    return terms
+
+
+def _evaluation(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Phase) -> list[Term]:
+    """Answers to held-out prompts; a source of unknown size is taken to fill every batch."""
+    evaluation = rank.config.evaluation
+    full = rank.config.rollout.batch_sequences * model.groups.num_writers
+    sequences = evaluation.prompts * evaluation.samples_per_prompt if isinstance(evaluation.prompts, int) else full
+    return _writing(rank, model, shape, phase, sequences, evaluation.max_response_tokens or rank.config.rollout.max_response_tokens)
+
+
+def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Phase, num_sequences: int, response_tokens: int) -> list[Term]:
+    architecture, tensor, itemsize = model.known.architecture, model.groups.layout.tensor, model.dtype.itemsize
+    batch, prompt_tokens = shape.decoded_sequences(model, num_sequences), rank.config.data.max_prompt_tokens
+    length = prompt_tokens + response_tokens
+    per_token = 2 * itemsize * model.num_layers * architecture.num_kv_heads // tensor * architecture.head_dim
+    terms = [
+        Term(
+            name=f"KV cache, {phase}",
+            phase=phase,
+            num_bytes=batch * length * per_token,
+            why=f"{batch} sequences x {length:,} tokens x {model.num_layers} layers x {architecture.num_kv_heads // tensor} key-value heads",
+        ),
+        Term(
+            name=f"prompts, {phase}",
+            phase=phase,
+            num_bytes=batch * prompt_tokens * forward_bytes_per_token(architecture, tensor, itemsize),
+            why=f"forward of {batch} prompts of {prompt_tokens:,} tokens, at its widest",
+        ),
+    ]
+    if model.groups.is_last_stage:
+        why = f"{_SAMPLING_BYTES} bytes for each of [B {batch}, V {architecture.vocab_size:,}]"
+        terms.append(Term(name=f"sampling, {phase}", phase=phase, num_bytes=_SAMPLING_BYTES * batch * architecture.vocab_size, why=why))
+    return terms
+
+
+def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list[Term]:
+    """The teacher's weights, its forward, and its hidden states on their way to the student's last stage and there."""
+    architecture, itemsize, tensor = teacher.known.architecture, teacher.dtype.itemsize, teacher.groups.layout.tensor
+    row_bytes, payload, tokens = architecture.hidden_size * itemsize, rank.payload, shape.teacher_batch_tokens
+    held, buffered, needed = payload.held_rows(rank.rank), payload.buffered_rows(rank.rank), payload.needed_rows(rank.rank)
+    evaluates = bool(rank.config.evaluation.teacher and rank.config.evaluation.prompts)
+    terms = [
+        *(
+            Term(name="teacher weights", phase=phase, num_bytes=teacher.num_parameters * itemsize, why=f"{teacher.num_parameters:,} parameters, no gradient")
+            for phase in _teacher_phases(rank, evaluates)
+        ),
+        Term(
+            name="teacher forward",
+            phase="teacher",
+            num_bytes=tokens * forward_bytes_per_token(architecture, tensor, itemsize),
+            why=f"{shape.teacher_batch} sequences, {tokens:,} tokens on this rank, at its widest",
+        ),
+        Term(
+            name="payload, scored and sent",
+            phase="teacher",
+            num_bytes=(held + buffered + needed) * row_bytes,
+            why=f"{held:,} rows held, {buffered:,} in messages, {needed:,} joined by sample, of {row_bytes:,} bytes",
+        ),
+        # Once by sample, and once joined into micro-batches.
+        Term(name="payload, in training", phase="train", num_bytes=2 * needed * row_bytes, why=f"2 x {needed:,} rows of {row_bytes:,} bytes"),
+    ]
+    if rank.student.groups.is_last_stage:
+        num_columns = rank.padded_vocab // rank.student.groups.layout.tensor
+        why = f"[W {num_columns:,}, G {architecture.hidden_size:,}], cut as the student's vocabulary is"
+        terms.append(Term(name="teacher head slice", phase="always", num_bytes=num_columns * row_bytes, why=why))
+    if evaluates:
+        terms += _evaluation(rank, teacher, shape, "teacher evaluation")
+    return terms
+
+
+def _teacher_phases(rank: PlannedRank, evaluates: bool) -> list[Phase]:
+    """Return when the teacher's weights are on the device."""
+    if rank.teacher_settings is None or rank.teacher_settings.placement != "offloaded":
+        return ["always"]
+    return ["teacher", "teacher evaluation"] if evaluates else ["teacher"]

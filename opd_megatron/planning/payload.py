@@ -1,0 +1,66 @@
+"""The teacher's hidden states of one step between the ranks of both models, every prompt and response at its limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from opd_megatron.config import RunConfig
+from opd_megatron.data.batches import Sample
+from opd_megatron.parallel.context import padded_length
+from opd_megatron.parallel.layout import RankGrid, replica_share
+from opd_megatron.parallel.payload import PayloadPlan, plan_payload
+from opd_megatron.teacher.routing import Piece, Place, cut_into_pieces
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The pieces of all samples, and who sends which to whom."""
+
+    pieces: tuple[Piece, ...]
+    plan: PayloadPlan
+
+    @property
+    def num_messages(self) -> int:
+        return sum(len(step) for step in self.plan.rounds)
+
+    def held_rows(self, rank: int) -> int:
+        """Return how many rows a rank of the teacher's last stage has."""
+        return sum(piece.num_rows for piece in self.pieces if rank in piece.holders)
+
+    def needed_rows(self, rank: int) -> int:
+        """Return how many rows a rank of the student's last stage trains on."""
+        return sum(piece.num_rows for piece in self.pieces if rank in piece.needers)
+
+    def sent_rows(self, rank: int) -> list[int]:
+        """Return the rows of each message that a rank sends, one for every round at most to each target."""
+        return [sum(self._rows(message.pieces)) for step in self.plan.rounds for message in step if message.source == rank]
+
+    def buffered_rows(self, rank: int) -> int:
+        """Return the rows that lie in a rank's messages at once: all it received so far, and what it sends in one round."""
+        sent = [sum(sum(self._rows(message.pieces)) for message in step if message.source == rank) for step in self.plan.rounds]
+        received = [sum(self._rows(message.pieces)) for step in self.plan.rounds for message in step if message.target == rank]
+        return sum(received) + max(sent, default=0)
+
+    def _rows(self, pieces: tuple[int, ...]) -> list[int]:
+        return [self.plan.num_rows[piece] for piece in pieces]
+
+
+def step_payload(config: RunConfig) -> Payload:
+    """Return the payload of one step; none without a teacher."""
+    if config.teacher is None or config.training.objective != "opd":
+        return Payload((), PayloadPlan((), ()))
+    prompt, response = torch.zeros(config.data.max_prompt_tokens, dtype=torch.long), torch.zeros(config.rollout.max_response_tokens, dtype=torch.long)
+    samples = [Sample(index, 0, prompt, response, None, False) for index in range(config.num_sequences)]
+    grids = [RankGrid(layout=model.layout, num_ranks=config.world_size) for model in (config.teacher, config.student)]
+    teacher_places, student_places = (_places(config, grid) for grid in grids)
+    pieces = cut_into_pieces(samples, grids[0], teacher_places, grids[1], student_places)
+    plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
+    return Payload(tuple(pieces), plan)
+
+
+def _places(config: RunConfig, grid: RankGrid) -> list[Place]:
+    """Return where one model has each sample."""
+    length = padded_length(config.data.max_prompt_tokens + config.rollout.max_response_tokens, grid.layout)
+    return [Place(replica=replica, length=length) for replica in range(grid.data_size) for _ in replica_share(config.num_sequences, replica, grid.data_size)]

@@ -1,0 +1,112 @@
+"""One rank of a job of any size, without the job: the project's own groups over a fake backend, its own models on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from opd_megatron.config import RunConfig, TeacherConfig
+from opd_megatron.models.gpt import DTYPES, build_gpt
+from opd_megatron.parallel.cpu import enable_cpu_backend
+from opd_megatron.parallel.groups import ModelGroups, forget_student_groups, student_groups, teacher_groups
+from opd_megatron.planning.architectures import KnownModel
+from opd_megatron.planning.payload import Payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """One model as one rank holds it: no bytes, all shapes."""
+
+    known: KnownModel
+    groups: ModelGroups
+    model: GPTModel
+    dtype: torch.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of this rank's pipeline stage."""
+        return len(self.model.decoder.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRank:
+    """Both models of one rank, and what all ranks exchange; `teacher_settings` and `teacher` are None where the run has no teacher."""
+
+    rank: int
+    config: RunConfig
+    payload: Payload
+    student: PlannedModel
+    teacher: PlannedModel | None
+    teacher_settings: TeacherConfig | None
+
+    @property
+    def padded_vocab(self) -> int:
+        return self.student.known.architecture.padded_vocab_size(self.student.groups.layout.tensor, self.config.student.vocab_multiple)
+
+
+def plan_rank(config: RunConfig, student: KnownModel, teacher: KnownModel | None, payload: Payload, rank: int) -> PlannedRank:
+    """Return what `rank` of `config.world_size` ranks builds; tenths of a second, whatever the size of the world or of the models."""
+    precision = config.training.precision
+    with _fake_world(rank, config.world_size), _on_meta_device():
+        groups = student_groups(config.student.layout, config.seed)
+        model = build_gpt(student.architecture, groups, precision=precision, vocab_multiple=config.student.vocab_multiple)
+        planned = PlannedModel(known=student, groups=groups, model=model, dtype=DTYPES[precision])
+        other = None
+        if teacher is not None and config.teacher is not None:
+            groups = teacher_groups(config.teacher.layout)
+            model = build_gpt(teacher.architecture, groups, precision=precision, vocab_multiple=1)
+            other = PlannedModel(known=teacher, groups=groups, model=model, dtype=DTYPES[precision])
+    return PlannedRank(rank=rank, config=config, payload=payload, student=planned, teacher=other, teacher_settings=config.teacher if other else None)
+
+
+def ranks_to_plan(example: PlannedRank) -> list[int]:
+    """Return the first, the middle and the last rank of the world, and one rank of every other kind: they differ by the stages of both models.
+
+    On a last stage the context ranks differ as well, by how many scored positions they hold.
+    """
+    world_size = example.config.world_size
+    models = [model.groups for model in (example.student, example.teacher) if model is not None]
+    chosen: dict[tuple[tuple[int, int], ...], int] = {}
+    for rank in (0, world_size // 2, world_size - 1, *range(world_size)):
+        chosen.setdefault(tuple(_kind(groups, rank) for groups in models), rank)
+    return sorted({0, world_size // 2, world_size - 1, *chosen.values()})
+
+
+def _kind(groups: ModelGroups, rank: int) -> tuple[int, int]:
+    cell = groups.grid.cell(rank)
+    return cell.stage, cell.context if cell.stage == groups.layout.pipeline - 1 else 0
+
+
+@contextmanager
+def _fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a world whose other ranks do not exist; no collective in it means anything."""
+    assert not dist.is_initialized(), "a planner is no rank of a job"
+    enable_cpu_backend()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        forget_student_groups()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _on_meta_device() -> Iterator[None]:
+    """Give tensors shapes and no memory, also those that Megatron-Core creates on the current CUDA device."""
+    current_device = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.cuda.current_device = current_device

@@ -1,0 +1,115 @@
+"""A plan as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, get_args
+
+from opd_megatron.planning.memory import Phase, RankMemory
+from opd_megatron.planning.plan import ModelPlan, Plan
+
+GIB = 1 << 30
+NOTE = "planned, not measured: every prompt and response at its limit; CUDA context, communication buffers and fragmentation come on top (a few GiB)"
+# A picture of more replicas is cut in the middle.
+_REPLICAS_SHOWN = 8
+
+
+def as_text(plan: Plan, gpu_memory_bytes: int, gpus_per_node: int) -> str:
+    """Return the plan: what divides what, both layouts, memory of the first, middle, last and largest rank, their messages."""
+    blocks = [
+        [NOTE],
+        [line for model in plan.models for line in _model(plan, model, gpus_per_node)] + [_batch(plan)],
+        [line for model in plan.models for line in _picture(model)],
+        list(_memory(plan, gpu_memory_bytes)),
+        list(_counting(plan)),
+        list(_messages(plan)),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def as_json(plan: Plan, gpu_memory_bytes: int) -> dict[str, Any]:
+    """Return everything the text says, and every planned rank, as plain JSON values."""
+    return {
+        "note": NOTE,
+        "world_size": plan.config.world_size,
+        "gpu_memory_bytes": gpu_memory_bytes,
+        "fits": plan.largest.total_bytes <= gpu_memory_bytes,
+        "largest_rank": plan.largest.rank,
+        "num_micro_batches": plan.num_micro_batches,
+        "payload": {"messages": plan.payload_messages, "bytes": plan.payload_bytes},
+        "models": [{"role": model.role, "source": str(model.known.source), "layout": model.layout, "data_size": model.data_size} for model in plan.models],
+        "ranks": [
+            {**asdict(rank), "peak_phase": rank.peak_phase, "total_bytes": rank.total_bytes, "messages": [asdict(message) for message in messages]}
+            for rank, messages in zip(plan.ranks, plan.messages, strict=True)
+        ],
+    }
+
+
+def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
+    layout = (plan.config.student if model.role == "student" else plan.config.teacher).layout  # type: ignore[union-attr]
+    sizes = f"TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {model.data_size}"
+    yield f"{model.role + ':':<9}{plan.config.world_size} ranks = {sizes}; architecture from {model.known.source}"
+    if gpus_per_node % layout.tensor:
+        yield f"         its tensor groups of {layout.tensor} do not divide nodes of {gpus_per_node} GPUs: their sums would cross nodes"
+
+
+def _batch(plan: Plan) -> str:
+    config = plan.config
+    samples = config.rollout.samples_per_prompt if config.training.objective == "opd" else 1
+    return (
+        f"batch:   {config.data.batch_prompts} prompts x {samples} = {config.num_sequences} sequences"
+        f" = DP {plan.models[0].data_size} x {plan.num_micro_batches} micro-batches x {config.training.micro_batch}"
+    )
+
+
+def _picture(model: ModelPlan) -> list[str]:
+    title, *replicas = model.picture.splitlines()
+    if len(replicas) > _REPLICAS_SHOWN:
+        half = _REPLICAS_SHOWN // 2
+        replicas = [*replicas[:half], f"  ... {len(replicas) - 2 * half} more ...", *replicas[-half:]]
+    return [title, *replicas]
+
+
+def _memory(plan: Plan, gpu_memory_bytes: int) -> Iterator[str]:
+    ranks = [plan.ranks[place] for place in plan.shown]
+    yield _row("GiB", [f"rank {rank.rank}" for rank in ranks])
+    yield _row("  pipeline stage, student / teacher", [_stages(rank) for rank in ranks])
+    for phase in get_args(Phase):
+        names = dict.fromkeys(term.name for rank in ranks for term in rank.terms if term.phase == phase)
+        if names:
+            yield "always there" if phase == "always" else f"during {phase}"
+        for name in names:
+            yield _row(
+                f"  {name.partition(',')[0]}", [_gib(sum(term.num_bytes for term in rank.terms if (term.name, term.phase) == (name, phase))) for rank in ranks]
+            )
+    yield _row("always there + largest phase", [_gib(rank.total_bytes) for rank in ranks])
+    yield _row("  which is", [rank.peak_phase for rank in ranks])
+    yield _row("of a GPU's", [_gib(gpu_memory_bytes) for _ in ranks])
+
+
+def _counting(plan: Plan) -> Iterator[str]:
+    yield f"how rank {plan.largest.rank} is counted"
+    for term in plan.largest.terms:
+        yield f"  {term.name + ':':<34}{term.why}"
+
+
+def _messages(plan: Plan) -> Iterator[str]:
+    yield f"messages of one step on rank {plan.largest.rank}: count x MiB of one"
+    for message in plan.messages[plan.ranks.index(plan.largest)]:
+        head = f"{message.phase:<10}{message.group:<17}{message.operation:<26}"
+        yield f"  {head}{message.count:>9,} x {message.num_bytes / (1 << 20):>9.3f}  {message.why}"
+    yield f"  payload, all ranks: {plan.payload_messages:,} messages, {plan.payload_bytes / GIB:.2f} GiB"
+
+
+def _row(label: str, cells: list[str]) -> str:
+    return f"{label:<36}" + "".join(f"{cell:>20}" for cell in cells)
+
+
+def _stages(rank: RankMemory) -> str:
+    return f"{rank.student_stage} / {'-' if rank.teacher_stage is None else rank.teacher_stage}"
+
+
+def _gib(num_bytes: int) -> str:
+    # Tiny models are planned too.
+    return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB // 100 else f"{num_bytes / GIB:.6f}" if num_bytes else "-"

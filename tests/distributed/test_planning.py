@@ -1,0 +1,501 @@
+"""Plans against what ranks really hold, save and send; and plans of worlds that no test can start.
+
+Not covered: GPUs. What CUDA kernels allocate besides tensors, and the temporaries of a backward, are not planned either.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_megatron.config import (
+    DataConfig,
+    EvaluationConfig,
+    ParallelLayout,
+    RolloutConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+    apply_overrides,
+)
+from recipes.run import all_recipes, find_recipe
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = (ROOT / "recipes" / "architectures", ROOT / "recipes" / "assets")
+RECIPES = all_recipes()
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "student", "qwen3", tied=True, vocab_size=263, hidden_size=128)
+    write_tiny_model(folder / "llama", "llama", vocab_size=263, hidden_size=128)
+    write_tiny_model(folder / "teacher", "qwen3", vocab_size=263, hidden_size=96)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planner() -> Iterator[Callable[..., Any]]:
+    """Call a function in a process that is no rank: a plan makes a process one of a world that does not exist."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        yield lambda function, *arguments: executor.submit(function, *arguments).result(timeout=300)
+
+
+def tiny_config(models: Path, student: ParallelLayout, teacher: ParallelLayout, *, world_size: int, precision: str = "fp32", micro_batch: int = 2) -> RunConfig:
+    return RunConfig(
+        world_size=world_size,
+        student=StudentConfig(hf=str(models / "student"), layout=student, vocab_multiple=4),
+        teacher=TeacherConfig(hf=str(models / "teacher"), layout=teacher, micro_batch=3),
+        data=DataConfig(prompts="prompts.jsonl", batch_prompts=16, max_prompt_tokens=20),
+        rollout=RolloutConfig(max_response_tokens=12),
+        training=TrainingConfig(micro_batch=micro_batch, precision=precision),
+        evaluation=EvaluationConfig(prompts=0),
+    )
+
+
+def build(config: RunConfig) -> tuple[Any, Any]:
+    """Return the student and the teacher that a rank of a run builds."""
+    from opd_megatron.models.weights import open_weights
+    from opd_megatron.parallel.groups import student_groups, teacher_groups
+    from opd_megatron.parallel.world import worlds
+    from opd_megatron.teacher.teacher import Teacher
+    from opd_megatron.training.setup import make_router, make_scorer
+    from opd_megatron.training.student import Student
+
+    device, source = torch.device("cpu"), open_weights(hf=config.teacher.hf)
+    student = Student(config, open_weights(hf=config.student.hf), student_groups(config.student.layout, 1), device)
+    scorer = make_scorer(source, config, teacher_groups(config.teacher.layout), device)
+    with worlds(0) as bridge:
+        router = make_router(source, config, bridge)
+    return student, Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=device)
+
+
+def longest_rollouts(config: RunConfig) -> Any:
+    """Return a step in which every prompt and every response has reached its limit."""
+    from opd_megatron.data.batches import Sample
+    from opd_megatron.rollout.rollouts import Rollouts
+
+    prompt, response = torch.arange(config.data.max_prompt_tokens), torch.arange(config.rollout.max_response_tokens)
+    return Rollouts(tuple(Sample(index, 0, prompt, response, None, True) for index in range(config.num_sequences)), 0)
+
+
+LAYOUTS = {
+    "TP2xPP2, teacher DP4": ({"tensor": 2, "pipeline": 2}, {}),
+    "TP2+SPxDP2, teacher TP2xPP2": ({"tensor": 2, "sequence": True}, {"tensor": 2, "pipeline": 2}),
+    "PP2xDP2, teacher TP2xDP2": ({"pipeline": 2}, {"tensor": 2}),
+    "CP2xTP2, teacher CP2xPP2": ({"context": 2, "tensor": 2}, {"context": 2, "pipeline": 2}),
+}
+
+
+def layouts(name: str) -> tuple[ParallelLayout, ParallelLayout]:
+    student, teacher = LAYOUTS[name]
+    return ParallelLayout(**student), ParallelLayout(**teacher)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------------------------
+
+
+def held_bytes(config: RunConfig) -> dict[str, int]:
+    """Return what this rank really holds of each kind, every storage once."""
+    from opd_megatron.training.optimizer import optimizer_state, prime_adam
+
+    student, teacher = build(config)
+    teacher.score(longest_rollouts(config))
+    prime_adam(student.optimizer)
+    weights = storages(student.model.parameters())
+    gradients = storages(buffer.grad_data for buffer in student.ddp.buffers)
+    optimizer = storages(optimizer_state(student.optimizer))
+    return {
+        "weights": sum(weights.values()),
+        "gradients": sum(gradients.values()),
+        "optimizer": sum(optimizer.values()),
+        "teacher weights": sum(storages(teacher.scorer.model.parameters()).values()),
+        "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
+        "payload bytes": teacher.payload_bytes,
+    }
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def planned_bytes(config: RunConfig) -> list[dict[str, int]]:
+    """Return the plan of every rank of the world, not only of those that a plan shows."""
+    from opd_megatron.planning import make_plan
+    from opd_megatron.planning.architectures import know_model
+    from opd_megatron.planning.memory import rank_memory
+    from opd_megatron.planning.payload import step_payload
+    from opd_megatron.planning.ranks import plan_rank
+
+    student, teacher = know_model("student", config.student, PUBLISHED), know_model("teacher", config.teacher, PUBLISHED)
+    ranks = [rank_memory(plan_rank(config, student, teacher, step_payload(config), rank)) for rank in range(config.world_size)]
+    payload = {"payload bytes": make_plan(config, PUBLISHED).payload_bytes}
+    return [{**{term.name: term.num_bytes for term in rank.terms}, **payload} for rank in ranks]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_hold_what_was_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str, precision: str) -> None:
+    config = tiny_config(models, *layouts(name), world_size=4, precision=precision)
+    planned = planner(planned_bytes, config)
+    for rank, held in enumerate(pool.run(held_bytes, config)):
+        for kind, num_bytes in held.items():
+            # Megatron aligns every parameter in its buffers, which is much of a tiny norm and nothing of a real matrix.
+            rel = 0.1 if kind in ("weights", "gradients", "optimizer") else 0
+            assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
+
+
+def bytes_inside_and_outside(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """Return, of what is offloaded, the bytes on the device in the phase that needs it and in the others."""
+    from opd_megatron.training.optimizer import optimizer_state, prime_adam
+
+    student, teacher = build(config)
+    with student.optimizer_on_device():
+        prime_adam(student.optimizer)
+
+    def now() -> dict[str, int]:
+        kinds = {
+            "gradients": [buffer.grad_data for buffer in student.ddp.buffers],
+            "optimizer": optimizer_state(student.optimizer),
+            "teacher weights": list(teacher.scorer.model.parameters()),
+        }
+        return {kind: sum(storages(tensors).values()) for kind, tensors in kinds.items()}
+
+    outside = now()
+    with student.optimizer_on_device(), teacher.scorer.on_device():
+        inside = now()
+    return {kind: (inside[kind], outside[kind]) for kind in inside}
+
+
+def planned_phases(config: RunConfig) -> dict[str, dict[str, int]]:
+    from opd_megatron.planning import make_plan
+
+    phases: dict[str, dict[str, int]] = {}
+    for term in make_plan(config, PUBLISHED).ranks[0].terms:
+        phases.setdefault(term.name, {})[term.phase] = term.num_bytes
+    return phases
+
+
+def test_what_waits_on_the_host_is_planned_for_its_phase_only(models: Path, pool: RankPool, planner: Callable[..., Any]) -> None:
+    config = tiny_config(models, *layouts("TP2xPP2, teacher DP4"), world_size=4)
+    config = apply_overrides(config, ["teacher.placement=offloaded", "training.offload_optimizer=true"])
+    planned = planner(planned_phases, config)
+    for kind, (inside, outside) in pool.run(bytes_inside_and_outside, config)[0].items():
+        assert list(planned[kind]) == ["teacher" if kind == "teacher weights" else "train"]
+        # As above: alignment of tiny parameters.
+        assert sum(planned[kind].values()) == pytest.approx(inside, rel=0.1)
+        assert outside == 0
+
+
+def saved_bytes(config: RunConfig) -> int:
+    """Return the bytes that autograd keeps of one forward of the student."""
+    from opd_megatron.models.gpt import build_gpt, hidden_states_only
+    from opd_megatron.models.hf_folder import read_architecture
+    from opd_megatron.models.layers import RMSNorm
+    from opd_megatron.parallel.groups import student_groups
+
+    groups = student_groups(config.student.layout, 1)
+    model = build_gpt(read_architecture(Path(config.student.hf)), groups, precision=config.training.precision, vocab_multiple=4)
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    length = (config.data.max_prompt_tokens + config.rollout.max_response_tokens) // config.student.layout.context
+    tokens_BS = torch.zeros(config.training.micro_batch, length, dtype=torch.long)
+    usual, RMSNorm.forward = RMSNorm.forward, lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), hidden_states_only(model):
+            model(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
+    finally:
+        RMSNorm.forward = usual
+    # Matrices are no activations: weights, token ids, and the mask that attention over context ranks needs on CPU (flash attention needs none).
+    return sum(storages(tensor for tensor in saved.values() if tensor.dim() > 2).values())
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Saves what PyTorch's CUDA kernel saves: the input and one number a row. On CPU the norm is several operations, each with its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, scale)
+        return (x * scale).to(x.dtype) * weight
+
+
+def planned_activations(config: RunConfig) -> int:
+    from opd_megatron.planning import make_plan
+
+    (term,) = (term for term in make_plan(config, PUBLISHED).ranks[0].terms if term.name == "activations")
+    return term.num_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("student", "layout", "micro_batch"),
+    [
+        ("student", {}, 1),
+        ("student", {}, 4),
+        ("student", {"tensor": 2}, 2),
+        ("student", {"tensor": 2, "sequence": True}, 2),
+        ("llama", {}, 2),
+        ("llama", {"tensor": 2, "sequence": True}, 1),
+        ("student", {"context": 2}, 1),
+        ("llama", {"context": 2}, 2),
+    ],
+)
+def test_autograd_saves_what_was_planned(
+    models: Path, pool: RankPool, planner: Callable[..., Any], student: str, layout: dict[str, Any], micro_batch: int, precision: str
+) -> None:
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision=precision, micro_batch=micro_batch)
+    config = replace(config, student=replace(config.student, hf=str(models / student)))
+    assert planner(planned_activations, config) == pool.run(saved_bytes, config, world_size=2)[0]
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------------------------
+
+OPERATIONS = {
+    "c10d::allreduce_": "all-reduce",
+    "c10d::allgather_": "all-gather",
+    "c10d::_allgather_base_": "all-gather",
+    "c10d::allgather_into_tensor_coalesced_": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+    "c10d::reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "c10d::send": "send",
+    "c10d::broadcast_": "broadcast",
+}
+# Sums and maximum of the loss, the gradient norm and the token count; the token count goes from the last stage to the others.
+SCALARS = {"all-reduce": 4, "broadcast": 1}
+
+
+def sent_messages(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Return how many messages of each kind this rank sends while it writes, scores and trains."""
+    from opd_megatron.rollout.engine import Sampler
+    from opd_megatron.rollout.sampling import SamplingSettings
+    from opd_megatron.training.batching import make_micro_batches
+    from opd_megatron.training.objective import Distillation
+
+    student, teacher = build(config)
+    rollouts = longest_rollouts(config)
+    # Without an end-of-sequence token every response reaches its limit.
+    sampler = Sampler(student.model, student.groups, vocab_size=263, eos_ids=(), batch_sequences=config.rollout.batch_sequences)
+    objective = Distillation(loss=config.loss, vocab_size=263, tp_group=student.groups.collection.tp, teacher_head_WG=teacher.head_WG)
+    share = [rollouts.samples[index] for index in rollouts.share(student.groups.data_rank, student.groups.data_size)]
+    settings = SamplingSettings(max_response_tokens=config.rollout.max_response_tokens)
+    hidden: dict[int, torch.Tensor] = {}
+    return {
+        "rollout": counted(lambda: sampler.generate([sample.prompt_ids.tolist() for sample in share], [(i,) for i in range(len(share))], settings)),
+        "teacher": counted(lambda: hidden.update(teacher.score(rollouts))),
+        "train": counted(lambda: student.train_step(make_micro_batches(student, rollouts, hidden), objective)),
+    }
+
+
+def counted(action: Callable[[], Any]) -> dict[str, int]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        action()
+    counts: dict[str, int] = {}
+    for event in profile.key_averages():
+        if event.key in OPERATIONS:
+            counts[OPERATIONS[event.key]] = counts.get(OPERATIONS[event.key], 0) + event.count
+    return counts
+
+
+def planned_messages(config: RunConfig) -> list[dict[str, dict[str, int]]]:
+    from opd_megatron.planning.architectures import know_model
+    from opd_megatron.planning.messages import rank_messages
+    from opd_megatron.planning.payload import step_payload
+    from opd_megatron.planning.ranks import plan_rank
+
+    student, teacher = know_model("student", config.student, PUBLISHED), know_model("teacher", config.teacher, PUBLISHED)
+    by_rank, payload = [], step_payload(config)
+    for rank in range(config.world_size):
+        counts: dict[str, dict[str, int]] = {"rollout": {}, "teacher": {}, "train": dict(SCALARS)}
+        for message in rank_messages(plan_rank(config, student, teacher, payload, rank)):
+            of_phase = counts["train" if message.phase == "optimizer" else message.phase]
+            # The default loss is a KL divergence, whose exchange is all-reduces.
+            operation = "all-reduce" if message.operation.startswith("all-reduce") else message.operation
+            of_phase[operation] = of_phase.get(operation, 0) + message.count
+        by_rank.append(counts)
+    return by_rank
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
+    config = tiny_config(models, *layouts(name), world_size=4)
+    planned = planner(planned_messages, config)
+    for rank, sent in enumerate(pool.run(sent_messages, config)):
+        if config.student.layout.data_size(4) * config.student.layout.context == 1:
+            # Megatron also calls the data-parallel collectives of a group of one.
+            del sent["train"]["reduce-scatter"], sent["train"]["all-gather"]
+        assert sent == planned[rank], rank
+
+
+# --- plans -------------------------------------------------------------------------------------------------------------------------------
+
+
+def summary(config: RunConfig, gpu_gib: float = 80) -> tuple[str | None, dict[str, Any]]:
+    from opd_megatron.planning import as_json, as_text, make_plan, shortfall
+
+    plan = make_plan(config, PUBLISHED)
+    text = as_text(plan, round(gpu_gib * GIB), 8)
+    for word in ("planned, not measured", *(model.layout for model in plan.models), "always there", "messages of one step"):
+        assert word in text
+    return shortfall(plan, round(gpu_gib * GIB), PUBLISHED), as_json(plan, round(gpu_gib * GIB))
+
+
+def timed_summary(config: RunConfig) -> tuple[Any, float]:
+    """Return the summary with the processor time it took."""
+    started = time.process_time()
+    return summary(config), time.process_time() - started
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_planned(planner: Callable[..., Any], name: str) -> None:
+    missing, record = planner(summary, RECIPES[name]())
+    assert missing is None
+    assert record["fits"]
+    assert record["ranks"][0]["rank"] == 0
+    assert record["ranks"][-1]["rank"] == RECIPES[name]().world_size - 1
+    assert all(rank["total_bytes"] > sum(term["num_bytes"] for term in rank["terms"] if term["phase"] == "always") > 0 for rank in record["ranks"])
+
+
+# Parameters of the published weights, each tensor counted once.
+PARAMETERS = {
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Llama-3.2-1B-Instruct": 1_235_814_400,
+    "Llama-3.1-8B-Instruct": 8_030_261_248,
+    "Llama-3.3-70B-Instruct": 70_553_706_496,
+}
+
+
+def test_every_published_architecture_is_among_those_counted() -> None:
+    assert {path.name for path in PUBLISHED[0].iterdir() if path.is_dir()} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_architecture_has_as_many_parameters_as_its_weights(planner: Callable[..., Any], name: str) -> None:
+    config = RunConfig(
+        student=StudentConfig(hf=f"models/{name}", vocab_multiple=1), data=DataConfig(prompts="x.jsonl"), training=TrainingConfig(objective="sft")
+    )
+    _, record = planner(summary, config)
+    (weights,) = (term for term in record["ranks"][0]["terms"] if term["name"] == "weights")
+    assert weights["num_bytes"] == 2 * PARAMETERS[name]
+
+
+LARGE = [
+    *("world_size=1024", "student.hf=models/Qwen3-32B", "teacher.hf=models/Llama-3.3-70B-Instruct", "data.batch_prompts=2048"),
+    *("student.layout.tensor=8", "student.layout.pipeline=8", "teacher.layout.tensor=8", "teacher.layout.pipeline=4"),
+]
+
+
+def test_a_world_of_1024_ranks_is_planned_in_seconds(planner: Callable[..., Any]) -> None:
+    config = apply_overrides(find_recipe("qwen3_1p7b_from_8b_8gpu_h100")(), LARGE)
+    (_, record), seconds = planner(timed_summary, config)
+    # 6 s of a core of 2026, by its own clock: the machine that runs tests may be busy.
+    assert seconds < 30
+    stages = [(rank["student_stage"], rank["teacher_stage"]) for rank in record["ranks"]]
+    assert stages == [(stage, stage // 2) for stage in range(8)]
+    assert {rank["rank"] for rank in record["ranks"]} >= {0, 512, 1023}
+    activations = [term["num_bytes"] for rank in record["ranks"] for term in rank["terms"] if term["name"] == "activations"]
+    # 1F1B: as many micro-batches in flight as stages from here to the last.
+    assert activations[:-1] == [activations[0] * (8 - stage) // 8 for stage in range(7)]
+
+
+TOO_LARGE = {
+    "gradients": ["student.hf=models/Qwen3-14B"],
+    "KV cache, evaluation": ["rollout.batch_sequences=512"],
+    "teacher weights": ["teacher.hf=models/Llama-3.3-70B-Instruct", "teacher.layout.tensor=1"],
+    "activations": ["training.micro_batch=16"],
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_a_plan_that_does_not_fit_names_what_is_largest_and_changes_after_which_it_fits(planner: Callable[..., Any], name: str) -> None:
+    config = apply_overrides(find_recipe("qwen3_1p7b_from_8b_8gpu_h100")(), TOO_LARGE[name])
+    missing, record = planner(summary, config)
+    assert not record["fits"]
+    largest = next(rank for rank in record["ranks"] if rank["rank"] == record["largest_rank"])
+    there = [term for term in largest["terms"] if term["phase"] in ("always", largest["peak_phase"])]
+    assert max(there, key=lambda term: term["num_bytes"])["name"] == name
+    assert f"needs {largest['total_bytes'] / GIB:.1f} of 80.0 GiB; largest: {name} " in missing
+    changes = [part.split()[0] for part in missing.partition("it would fit with ")[2].split(", or ")]
+    assert changes
+    for change in changes:
+        assert planner(summary, apply_overrides(config, [change]))[0] is None, change
+
+
+def test_what_no_change_can_fit_is_said_to_be_so(planner: Callable[..., Any]) -> None:
+    missing, _ = planner(summary, find_recipe("quickstart")(), 1e-4)
+    assert missing is not None
+    assert "no single change" in missing
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------------------
+
+
+def tool(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_prints_one_json_object_for_programs() -> None:
+    done = tool("quickstart", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    assert (record["world_size"], record["fits"]) == (4, True)
+    assert "planned, not measured" in record["note"]
+
+
+def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -> None:
+    done = tool("qwen3_1p7b_from_8b_8gpu_h100", "--nodes", "2", "--gpu-memory", "24")
+    assert done.returncode == 2
+    assert "16 ranks = TP 2 x PP 1 x CP 1 x DP 8" in done.stdout
+    assert done.stderr.startswith("error: rank ")
+    assert "of 24.0 GiB; largest: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("quikstart",), "did you mean quickstart"),
+        (("quickstart", "training.step=3"), "unknown key 'training.step'"),
+        (("quickstart", "--nodes", "0"), "--nodes 0 must be at least 1"),
+        (("quickstart", "--gpus-per-node", "-2"), "--gpus-per-node -2 must be at least 1"),
+        (("quickstart", "--gpu-memory", "0"), "--gpu-memory 0.0 must be positive"),
+        (("quickstart", "--gpu-memory", "nan"), "--gpu-memory nan must be positive"),
+        (("quickstart", "--nodes", "1", "--gpus-per-node", "6"), "world_size=6 is not a multiple"),
+        (("quickstart", "student.layout.tensor=4", "student.layout.pipeline=1"), "does not divide the student's 2 key-value heads"),
+        (("quickstart", "teacher.placement=dedicated", "teacher.num_ranks=2", "student.layout.pipeline=1"), "teacher.placement=dedicated is not planned yet"),
+        (("quickstart", "student.hf=models/Qwen9-1B"), "student.hf='models/Qwen9-1B' is not on this machine"),
+        (("quickstart", "student.hf=null", "student.checkpoint=nowhere"), "student.checkpoint='nowhere' is not on this machine"),
+        (("quickstart", "teacher.hf=recipes"), "recipes is not a Hugging Face model folder"),
+    ],
+)
+def test_wrong_input_exits_2_with_one_line(words: tuple[str, ...], message: str) -> None:
+    done = tool(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
