@@ -453,6 +453,16 @@ def test_what_no_change_can_fit_is_said_to_be_so(planner: Callable[..., Any]) ->
     assert "no single change" in missing
 
 
+def test_a_mixture_of_experts_is_refused(models: Path, tmp_path: Path) -> None:
+    from opd_megatron.planning.architectures import know_model
+
+    changes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+    config = json.loads((models / "student" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes, "architectures": ["Qwen3MoeForCausalLM"]}))
+    with pytest.raises(ValueError, match="mixture of experts, which is not planned yet"):
+        know_model("student", StudentConfig(hf=str(tmp_path)), PUBLISHED)
+
+
 # --- the command line --------------------------------------------------------------------------------------------------------------------
 
 
