@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from opd_megatron.config import (
     CheckpointConfig,
     DataConfig,
@@ -26,4 +28,16 @@ def llama3_1b_from_8b_8gpu_h100() -> RunConfig:
         training=TrainingConfig(steps=200, micro_batch=1, learning_rate=1e-6, warmup_steps=10),
         checkpoint=CheckpointConfig(every_steps=50),
         evaluation=EvaluationConfig(every_steps=50, prompts="data/math_test.jsonl"),
+    )
+
+
+def llama3_8b_from_70b_32gpu_h100() -> RunConfig:
+    """Llama-3.1-8B-Instruct from Llama-3.3-70B-Instruct on four nodes: student TP4, teacher TP8 within a node."""
+    base = llama3_1b_from_8b_8gpu_h100()
+    return replace(
+        base,
+        world_size=32,
+        student=StudentConfig(hf="models/Llama-3.1-8B-Instruct", layout=ParallelLayout(tensor=4, sequence=True)),
+        teacher=TeacherConfig(hf="models/Llama-3.3-70B-Instruct", layout=ParallelLayout(tensor=8)),
+        rollout=replace(base.rollout, batch_sequences=32),
     )
