@@ -50,7 +50,7 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self._writes_ahead = config.teacher is not None and config.teacher.staleness > 0 and self.teacher is not None
-        self._written: Rollouts | None = None
+        self._ahead: Rollouts | None = None
         self._seconds: dict[str, float] = {}
         self._peak_bytes: dict[str, int] = {}
         self._saved_step = progress.step
@@ -81,26 +81,23 @@ class Trainer:
     def step(self, step: int) -> dict[str, float | int]:
         """One optimizer step; returns its metrics, equal on every rank."""
         started = time.perf_counter()
-        if self._written is None:
-            self._write(step)
-        rollouts, self._written = self._written, None
-        assert rollouts is not None
+        rollouts = self._ahead or self._write(step)
         with self._measured("teacher"):
             teacher_hidden = self.teacher.fetch() if self.teacher is not None else {}
-        if self._writes_ahead and step < self.config.training.steps:
-            self._write(step + 1)
+        self._ahead = self._write(step + 1) if self._writes_ahead and step < self.config.training.steps else None
         with self._measured("train"):
             sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_hidden), self.objective)
         self._advance(step, updated, sums.loss, norm)
         return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started)}
 
-    def _write(self, step: int) -> None:
-        """Have a step's samples written, and the teacher asked for their scores."""
+    def _write(self, step: int) -> Rollouts:
+        """Return a step's samples, written by the weights as they are; the teacher is asked for their scores."""
         prompts = self.prompts.batch(step - 1, self.config.data.batch_prompts, self.config.seed)
         with self._measured("rollout"):
-            self._written = self.write(step, prompts, self.progress.step)
+            rollouts = self.write(step, prompts, self.progress.step)
         if self.teacher is not None:
-            self.teacher.ask(self._written)
+            self.teacher.ask(rollouts)
+        return rollouts
 
     def _metrics(self, rollouts: Rollouts, sums: LossSums, norm: float, step_seconds: float) -> dict[str, float | int]:
         samples, response_tokens = rollouts.samples, rollouts.num_response_tokens
