@@ -24,6 +24,7 @@ def _serve(rank: int, inbox: Any, outbox: Any, stacks: Path) -> None:
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import datetime
     import faulthandler
+    import gc
 
     import torch
     import torch.distributed as dist
@@ -32,6 +33,8 @@ def _serve(rank: int, inbox: Any, outbox: Any, stacks: Path) -> None:
     from opd_megatron.parallel.cpu import enable_cpu_backend
 
     torch.set_num_threads(1)
+    # What was imported is never garbage: a collection need not look at it.
+    gc.freeze()
     faulthandler.register(signal.SIGUSR1, file=stacks.open("w"), all_threads=True)
     enable_cpu_backend()
     while (job := _next_job(inbox)) is not None:
@@ -46,6 +49,8 @@ def _serve(rank: int, inbox: Any, outbox: Any, stacks: Path) -> None:
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+        # A group's threads and sockets end with its last reference, which a model in a cycle of references would keep.
+        gc.collect()
 
 
 def _next_job(inbox: Any) -> Any:

@@ -107,8 +107,13 @@ def teacher_groups(layout: ParallelLayout) -> ModelGroups:
     """
     grid = RankGrid(layout=layout, num_ranks=dist.get_world_size())
     collection = ProcessGroupCollection()
+    made: dict[str, dist.ProcessGroup] = {}
     for name, axes in _GROUPS.items():
-        setattr(collection, name, dist.new_subgroups_by_enumeration(grid.groups(axes))[0])
+        # Many names stand for the same ranks: without context parallelism, data and data x context.
+        ranks = grid.groups(axes)
+        if str(ranks) not in made:
+            made[str(ranks)] = dist.new_subgroups_by_enumeration(ranks)[0]
+        setattr(collection, name, made[str(ranks)])
     # A frozen model reduces no embedding gradients.
     collection.embd = collection.pos_embd = None  # type: ignore[assignment]
     return ModelGroups(grid=grid, cell=grid.cell(dist.get_rank()), collection=collection)
