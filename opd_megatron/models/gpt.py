@@ -131,6 +131,18 @@ def head_weight(model: GPTModel) -> torch.Tensor:
     return model.output_layer.weight
 
 
+def forget_routes(model: GPTModel) -> None:
+    """Drop what the dispatchers of experts keep of the last micro-batch.
+
+    These tensors hold its graph, the graph holds the gradient hooks, and the hooks hold the model: a circle through C++ that Python never collects, so that a
+    model that is not needed any more would keep its memory and its process groups.
+    """
+    for layer in model.decoder.layers:
+        dispatcher = getattr(layer.mlp, "token_dispatcher", None)
+        kept = vars(dispatcher) if dispatcher is not None else {}
+        kept.update({name: None for name, value in kept.items() if isinstance(value, torch.Tensor) and value.grad_fn is not None})
+
+
 @contextmanager
 def hidden_states_only(model: GPTModel) -> Iterator[None]:
     """Make the last stage's forward return final hidden states [B, S, H] (S / tensor under sequence parallelism) instead of logits.

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import Float16Module
 
 from opd_megatron.config import RunConfig
 from opd_megatron.losses.fused_head import FusedDivergence
-from opd_megatron.models.gpt import build_gpt, head_weight, hidden_states_only
+from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only
 from opd_megatron.models.weights import WeightSource, load_model
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.offload import Offloaded
@@ -145,6 +145,7 @@ class Student:
             micro_batch_size=batch,
             forward_only=forward_only,
         )
+        forget_routes(self.model)
         return self._world_sums(results)
 
     def _loss(self, hidden_BSH: torch.Tensor, micro_batch: MicroBatch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

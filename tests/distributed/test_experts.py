@@ -7,6 +7,7 @@ Weights and logits in expert layouts are in test_conversion.py.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,14 @@ def test_a_run_resumes_with_its_experts_elsewhere(models: Path, recorded: Path, 
     exported, whole = (load_file(run / "hf" / "model.safetensors") for run in (tmp_path / "run", recorded))
     # Adam moves a weight by up to 1e-3 a step; where a gradient is near 0, rounding decides about a part of that.
     assert all(torch.allclose(exported[name], whole[name], atol=1e-4) for name in whole)
+
+
+def _models_left(config: RunConfig, run: Path) -> int:
+    run_in_world("test", config, run, torch.device("cpu"))
+    gc.collect()
+    return sum(isinstance(found, GPTModel) for found in gc.get_objects())
+
+
+def test_a_finished_run_leaves_no_model_behind(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Nor its process groups, each with threads and sockets."""
+    assert pool.run(_models_left, _config(models, {"expert": 2}, {}, replay=str(recorded)), tmp_path / "run", world_size=2) == [0, 0]
