@@ -286,7 +286,13 @@ def test_a_run_resumes_with_its_experts_elsewhere(models: Path, recorded: Path, 
 
 
 def _models_left(config: RunConfig, run: Path) -> int:
+    """Return how many more models there are after a run than before it."""
+    before = _num_models()
     run_in_world("test", config, run, torch.device("cpu"))
+    return _num_models() - before
+
+
+def _num_models() -> int:
     gc.collect()
     return sum(isinstance(found, GPTModel) for found in gc.get_objects())
 

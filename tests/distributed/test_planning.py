@@ -248,6 +248,7 @@ def planned_activations(config: RunConfig) -> int:
     return term.num_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("student", "layout", "micro_batch"),
@@ -337,6 +338,7 @@ def planned_messages(config: RunConfig) -> list[dict[str, dict[str, int]]]:
     return by_rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_ranks_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     config = tiny_config(models, *layouts(name), world_size=4)
@@ -432,6 +434,7 @@ TOO_LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_a_plan_that_does_not_fit_names_what_is_largest_and_changes_after_which_it_fits(planner: Callable[..., Any], name: str) -> None:
     config = apply_overrides(find_recipe("qwen3_1p7b_from_8b_8gpu_h100")(), TOO_LARGE[name])

@@ -6,7 +6,6 @@ Not covered: GPUs, bf16 across layouts (its rounding differs by design), more th
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ from opd_megatron.config import (
     TeacherConfig,
     TrainingConfig,
 )
-from opd_megatron.teacher.teacher import Teacher
+from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.training.job import run_in_world
 from opd_megatron.training.optimizer import optimizer_state
-from opd_megatron.training.student import Student
-from opd_megatron.training.writers import OnPolicy
+from opd_megatron.training.trainer import Trainer
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -140,22 +138,21 @@ def test_other_kinds_of_loss_train_alike_in_every_layout(models: Path, recorded:
 def _offloaded_bytes(config: RunConfig, run: Path) -> list[tuple[int, int]]:
     """Train; return the bytes that teacher and optimizer hold whenever the student begins to write."""
     held = []
-    write = OnPolicy.__call__
+    write = Trainer._write
 
-    def watched(self: OnPolicy, *args: Any) -> Any:
-        holders = [found for found in gc.get_objects() if type(found) in (Teacher, Student)]
-        teacher = next(found for found in holders if isinstance(found, Teacher))
-        student = next(found for found in holders if isinstance(found, Student))
-        assert teacher.offloaded is not None
-        moments = sum(tensor.untyped_storage().nbytes() for tensor in optimizer_state(student.optimizer))
-        held.append((teacher.offloaded.device_bytes, moments + sum(buffer.grad_data.untyped_storage().nbytes() for buffer in student.ddp.buffers)))
-        return write(self, *args)
+    def watched(self: Trainer, step: int) -> Rollouts:
+        assert self.teacher is not None
+        assert self.teacher.scorer is not None
+        assert self.teacher.scorer.offloaded is not None
+        tensors = [*optimizer_state(self.student.optimizer), *(buffer.grad_data for buffer in self.student.ddp.buffers)]
+        held.append((self.teacher.scorer.offloaded.device_bytes, sum(tensor.untyped_storage().nbytes() for tensor in tensors)))
+        return write(self, step)
 
-    OnPolicy.__call__ = watched  # type: ignore[method-assign]
+    Trainer._write = watched  # type: ignore[method-assign]
     try:
         run_in_world("test", config, run, torch.device("cpu"))
     finally:
-        OnPolicy.__call__ = write  # type: ignore[method-assign]
+        Trainer._write = write  # type: ignore[method-assign]
     return held
 
 
@@ -267,11 +264,11 @@ def _with_broken_steps(config: RunConfig, run: Path, broken: tuple[int, ...]) ->
     from opd_megatron.teacher.teacher import Teacher
     from opd_megatron.training.trainer import Trainer
 
-    score, step = Teacher.score, Trainer.step
+    fetch, step = Teacher.fetch, Trainer.step
     checksums, calls = [], [0]
 
-    def poisoned(self: Teacher, rollouts: Any) -> dict[int, torch.Tensor]:
-        hidden = score(self, rollouts)
+    def poisoned(self: Teacher) -> dict[int, torch.Tensor]:
+        hidden = fetch(self)
         # The self-test scores once before step 1.
         calls[0] += 1
         if calls[0] - 1 in broken and hidden:
@@ -283,11 +280,11 @@ def _with_broken_steps(config: RunConfig, run: Path, broken: tuple[int, ...]) ->
         checksums.append(float(sum(parameter.double().abs().sum() for parameter in self.student.model.parameters())))
         return metrics
 
-    Teacher.score, Trainer.step = poisoned, observed  # type: ignore[method-assign]
+    Teacher.fetch, Trainer.step = poisoned, observed  # type: ignore[method-assign]
     try:
         return run_in_world("test", config, run, torch.device("cpu")), checksums
     finally:
-        Teacher.score, Trainer.step = score, step  # type: ignore[method-assign]
+        Teacher.fetch, Trainer.step = fetch, step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
