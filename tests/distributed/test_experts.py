@@ -61,7 +61,7 @@ def _logit_difference(folder: Path, layout: ParallelLayout) -> float:
 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(expert=2)], ids=lambda layout: layout.describe())
-@pytest.mark.parametrize("ties", [1, 2, 4, 8], ids=lambda ties: f"{ties} kinds of expert")
+@pytest.mark.parametrize("ties", [2, 8], ids=lambda ties: f"{ties} kinds of expert")
 @pytest.mark.parametrize("normalized", [True, False], ids=["sum of one", "as they are"])
 def test_tokens_visit_the_experts_that_transformers_chooses(pool: RankPool, tmp_path: Path, normalized: bool, ties: int, layout: ParallelLayout) -> None:
     folder = write_tiny_model(tmp_path / "hf", "qwen3_moe", norm_topk_prob=normalized)

@@ -481,6 +481,7 @@ def test_the_tool_prints_one_json_object_for_programs() -> None:
     assert "planned, not measured" in record["note"]
 
 
+@pytest.mark.slow
 def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -> None:
     done = tool("qwen3_1p7b_from_8b_8gpu_h100", "--nodes", "2", "--gpu-memory", "24")
     assert done.returncode == 2
