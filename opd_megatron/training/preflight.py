@@ -29,6 +29,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if config.teacher is None or config.training.objective != "opd":
         return
     _check_length(config, "teacher", _check_model("teacher", config.teacher.hf, config.teacher.checkpoint, config.teacher.layout))
+    if config.teacher.self_test:
+        _check_self_test(student, config.teacher.layout)
     _check_tokenizer_files(_assets(config.student.hf, config.student.checkpoint), _assets(config.teacher.hf, config.teacher.checkpoint))
 
 
@@ -62,6 +64,17 @@ def _check_model(role: str, hf: str | None, checkpoint: str | None, layout: Para
         architecture = read_architecture(_assets(None, checkpoint))
     architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert, expert_tensor=layout.expert_tensor)
     return architecture
+
+
+def _check_self_test(student: Architecture, layout: ParallelLayout) -> None:
+    """Raise ValueError unless the student's own weights can be laid out as the teacher's, to be scored in their place."""
+    try:
+        student.check_layout("teacher", tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert if student.experts else 1)
+    except ValueError as error:
+        raise ValueError(
+            f"teacher.self_test=true scores the student's weights in the teacher's layout, and there {str(error).replace('the teacher', 'the student')}; "
+            "or set teacher.self_test=false"
+        ) from None
 
 
 def _check_tokenizer_files(student: Path, teacher: Path) -> None:

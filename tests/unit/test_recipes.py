@@ -233,6 +233,17 @@ def test_experts_are_refused_where_they_cannot_train_or_be_spread(tmp_path: Path
             check_run(apply_overrides(quickstart(), [f"student.hf={mixture}", "training.micro_batch=1", *layout.split()]), 8)
 
 
+def test_a_student_that_cannot_take_the_teachers_place_is_refused_where_it_would_have_to(tmp_path: Path) -> None:
+    student = write_tiny_model(tmp_path / "student", num_key_value_heads=2)
+    teacher = write_tiny_model(tmp_path / "teacher", num_key_value_heads=4)
+    overrides = [f"student.hf={student}", f"teacher.hf={teacher}", "student.layout.pipeline=1", "teacher.layout.tensor=4"]
+    with pytest.raises(
+        ValueError, match=r"self_test=true.*teacher.layout.tensor=4 does not divide the student's 2 key-value heads.*or set teacher.self_test=false"
+    ):
+        check_run(apply_overrides(quickstart(), overrides), 4)
+    check_run(apply_overrides(quickstart(), [*overrides, "teacher.self_test=false"]), 4)
+
+
 # Keys that users' scripts set, with a value other than the default where one is supported.
 CONTRACT_KEYS = {
     "seed": 7,
