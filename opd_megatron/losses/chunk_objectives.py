@@ -58,13 +58,13 @@ class DivergenceObjective:
             return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
         if triton_divergence.usable_for(student.logp_TW):
             return self._by_kernels(self.divergence, student, teacher, rows, shard, scale_N)
-        evaluated = self.divergence.evaluate_(student, teacher, shard, lambda moved_N: self._riders(student, rows, shard, moved_N))
+        evaluated = self.divergence.evaluate_(student, teacher, shard, lambda moved_N, mass_N: self._riders(student, rows, shard, moved_N, mass_N))
         grad_NW = None if scale_N is None else self.divergence.gradient(student, teacher, evaluated.chunk).mul_(scale_N[:, None])
         return _chunk_loss(evaluated, grad_NW)
 
-    def _riders(self, student: ShardSoftmax, rows: slice, shard: VocabShard, moved_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _riders(self, student: ShardSoftmax, rows: slice, shard: VocabShard, moved_N: torch.Tensor, mass_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return this rank's parts of the entropy's moment, and of the sampled ids' logits with a count of one, relative to the whole vocabulary's maximum."""
-        moment_N = (student.entropy_moment() + moved_N * student.mass()) * moved_N.exp()
+        moment_N = (student.entropy_moment() + moved_N * mass_N) * moved_N.exp()
         return moment_N, *self._picked(student, rows, shard, moved_N)
 
     def _picked(self, student: ShardSoftmax, rows: slice, shard: VocabShard, moved_N: torch.Tensor) -> tuple[torch.Tensor, ...]:

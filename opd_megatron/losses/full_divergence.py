@@ -53,11 +53,11 @@ class Evaluated(NamedTuple):
     student_mass_T: torch.Tensor
 
 
-# Sums over this rank's columns that join a collective, from the maximum of its slice minus that over the whole vocabulary.
-Riders = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+# Sums over this rank's columns that join a collective, from the maximum of its slice minus that over the whole vocabulary, and its mass.
+Riders = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
-def no_riders(_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def no_riders(_moved: torch.Tensor, _mass: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return ()
 
 
@@ -110,12 +110,12 @@ class Divergence:
 
         The first is a MAX where the value has a closed form. Where it has none, the sum runs over normalised probabilities, and each rank's
         maximum and mass are gathered instead. `riders` is called with the student's logits minus a maximum, and is given that maximum minus the one over
-        the whole vocabulary.
+        the whole vocabulary, and their mass.
         """
         if self.has_closed_form:
             maxima = shift_to_max_(student, teacher, shard)
             own_T = (self._moment(student, teacher), student.mass(), teacher.mass())
-            moment_T, student_mass_T, teacher_mass_T, *riders_T = shard.sum(*own_T, *riders(torch.zeros_like(maxima[0])))
+            moment_T, student_mass_T, teacher_mass_T, *riders_T = shard.sum(*own_T, *riders(torch.zeros_like(maxima[0]), own_T[1]))
             masses = live_masses(student_mass_T, teacher_mass_T)
             student.normalise_(masses[0])
             teacher.normalise_(masses[1])
@@ -123,9 +123,10 @@ class Divergence:
         maxima = (student.local_max(), teacher.local_max())
         student.shift_(maxima[0])
         teacher.shift_(maxima[1])
-        norms, student_mass_T = gathered_norms(*maxima, student.mass(), teacher.mass(), shard)
+        own_mass_T = student.mass()
+        norms, student_mass_T = gathered_norms(*maxima, own_mass_T, teacher.mass(), shard)
         moved_T = moved_maximum(maxima[0], norms.student_max_T)
-        own_riders_T = riders(moved_T)
+        own_riders_T = riders(moved_T, own_mass_T)
         student.normalise_(norms.student_mass_T, moved_T)
         teacher.normalise_(norms.teacher_mass_T, moved_maximum(maxima[1], norms.teacher_max_T))
         summand_TW, slope_TW = self._terms(student, teacher)
