@@ -109,7 +109,8 @@ class CheckpointFolder:
                 state = dist_checkpointing.load(wanted, str(checkpoint))
             except DAMAGE as error:
                 raise ValueError(f"{checkpoint} is damaged: {damage_in(error)}; {self._way_out(checkpoint)}") from error
-        student.model.load_state_dict(state["model"], strict=True)
+        for chunk, tensors in zip(student.model, state["model"], strict=True):
+            chunk.load_state_dict(tensors, strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
         unshare_adam_step(student.optimizer)
         with shared_errors():
@@ -157,7 +158,7 @@ class CheckpointFolder:
 
 def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_SHARDING, "dp_cp_group": student.groups.collection.dp_cp}
-    model = student.model.sharded_state_dict(metadata=metadata)
+    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
     return {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
 
 

@@ -39,6 +39,8 @@ MAY_CHANGE = (
     "loss.chunk_tokens",
     "training.steps",
     "training.micro_batch",
+    "training.micro_batch_tokens",
+    "training.recompute",
     "training.offload_optimizer",
     "training.max_skipped_steps",
     "checkpoint",

@@ -83,10 +83,10 @@ class Trainer:
         started = time.perf_counter()
         rollouts = self._ahead or self._write(step)
         with self._measured("teacher"):
-            teacher_hidden = self.teacher.fetch() if self.teacher is not None else {}
+            teacher_rows = self.teacher.fetch() if self.teacher is not None else None
         self._ahead = self._write(step + 1) if self._writes_ahead and step < self.config.training.steps else None
         with self._measured("train"):
-            sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_hidden), self.objective)
+            sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_rows), self.objective)
         self._advance(step, updated, sums.loss, norm)
         return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started)}
 
@@ -116,6 +116,7 @@ class Trainer:
             "skipped_steps": self.progress.skipped_steps,
             "rollout_drift_mean": sums.per_token(sums.drift),
             "rollout_drift_max": sums.drift_max,
+            "padding_share": 1 - sum(rollouts.num_tokens) / self.student.batches.plan(rollouts.num_tokens).num_positions,
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
             "tokens_per_second": sum(sample.num_tokens for sample in samples) / step_seconds,
             **{f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()},
