@@ -23,6 +23,8 @@ from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
 
+_PHASES = ("rollout", "teacher", "train")
+
 
 class Trainer:
     """Runs the steps of one configuration. Every rank has one; the recorder writes on rank 0 only."""
@@ -36,6 +38,7 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: CheckpointFolder,
         progress: Progress,
+        ahead: Rollouts | None,
         stop: StopRequest,
     ) -> None:
         self.config = config
@@ -50,9 +53,9 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self._writes_ahead = config.teacher is not None and config.teacher.staleness > 0 and self.teacher is not None
-        self._ahead: Rollouts | None = None
-        self._seconds: dict[str, float] = {}
-        self._peak_bytes: dict[str, int] = {}
+        self._ahead = ahead if self._writes_ahead else None
+        self._seconds = dict.fromkeys(_PHASES, 0.0)
+        self._peak_bytes = dict.fromkeys(_PHASES, 0)
         self._saved_step = progress.step
 
     def run(self) -> Literal["finished", "interrupted"]:
@@ -64,6 +67,8 @@ class Trainer:
                 self.evaluator.measure_teacher()
             if not self.stop.agreed():
                 self.evaluator.measure_student(step=0)
+        if self._ahead is not None and self.teacher is not None and self.progress.step < last_step:
+            self.teacher.ask(self._ahead)
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()
@@ -81,6 +86,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, float | int]:
         """One optimizer step; returns its metrics, equal on every rank."""
         started = time.perf_counter()
+        self._seconds, self._peak_bytes = dict.fromkeys(_PHASES, 0.0), dict.fromkeys(_PHASES, 0)
         rollouts = self._ahead or self._write(step)
         with self._measured("teacher"):
             teacher_rows = self.teacher.fetch() if self.teacher is not None else None
@@ -138,7 +144,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self._saved_step < self.progress.step:
-            self.checkpoints.save(self.student, self.progress)
+            self.checkpoints.save(self.student, self.progress, self._ahead)
             self._saved_step = self.progress.step
 
     def _is_due(self, every_steps: int) -> bool:
