@@ -61,7 +61,7 @@ def _largest_difference(arguments: argparse.Namespace, layout: ParallelLayout) -
     with shared_errors():
         source = open_weights(checkpoint=str(arguments.checkpoint))
         layout.data_size(dist.get_world_size())
-        source.architecture.check_layout("model", tensor=layout.tensor, pipeline=layout.pipeline)
+        source.architecture.check_layout("model", layout)
         reference = open_weights(hf=str(arguments.hf)).architecture
         if reference != source.architecture:
             raise ValueError(f"{arguments.checkpoint} is another architecture than {arguments.hf}: {source.architecture} instead of {reference}")

@@ -67,7 +67,7 @@ def _evaluate(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Any]
     with shared_errors():
         layout.data_size(dist.get_world_size())
         source = open_weights(hf=arguments.hf, checkpoint=arguments.checkpoint)
-        source.architecture.check_layout("model", tensor=layout.tensor, pipeline=layout.pipeline)
+        source.architecture.check_layout("model", layout)
         tokenizer = load_tokenizer(source.assets)
         prompt_tokens, response_tokens = _budgets(arguments, source.architecture.max_positions)
         data = replace(data, max_prompt_tokens=prompt_tokens)

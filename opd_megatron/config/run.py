@@ -22,7 +22,7 @@ class ParallelLayout:
     virtual: int = 1
     context: int = 1
     expert: int = 1
-    # Splits one expert's matrices; the other ranks of a tensor group hold other experts, or copies.
+    # Splits one expert's matrices, whatever `tensor` splits.
     expert_tensor: int = 1
     sequence: bool = False
 
@@ -36,6 +36,11 @@ class ParallelLayout:
     @property
     def model_size(self) -> int:
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def replicas_share_experts(self) -> bool:
+        """Whether a token's experts may be on ranks of another replica or context part."""
+        return self.expert > 1 or self.tensor % self.expert_tensor > 0
 
     def data_size(self, world_size: int) -> int:
         """Return how many replicas fit, or say which product does not divide the world."""
@@ -53,7 +58,7 @@ class ParallelLayout:
     def describe(self) -> str:
         """Return a short label, e.g. `TP2xPP2+SP`."""
         context = f"xCP{self.context}" if self.context > 1 else ""
-        expert = f"xEP{self.expert}" if self.expert > 1 else ""
+        expert = (f"xEP{self.expert}" if self.expert > 1 else "") + (f"xETP{self.expert_tensor}" if self.expert_tensor > 1 else "")
         return f"TP{self.tensor}xPP{self.pipeline}{context}{expert}" + ("+SP" if self.sequence else "")
 
 

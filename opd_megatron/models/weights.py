@@ -159,8 +159,8 @@ def load_model(model: GPTModel, groups: ModelGroups, source: WeightSource, *, vo
     with torch.no_grad():
         for name, parameter in named_global_parameters(model, architecture):
             row = rows[name]
-            piece = local_slice(row, source.read(row), tensor_rank=groups.tensor_rank, tensor_size=groups.layout.tensor, padded_vocab=padded)
-            parameter.copy_(piece)
+            rank, size = (groups.tensor_rank, groups.layout.tensor) if row.expert is None else (groups.expert_tensor_rank, groups.layout.expert_tensor)
+            parameter.copy_(local_slice(row, source.read(row), tensor_rank=rank, tensor_size=size, padded_vocab=padded))
 
 
 def named_global_parameters(model: GPTModel, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:

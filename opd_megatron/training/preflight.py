@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if config.rollout.replay:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _check_model("student", config.student.hf, config.student.checkpoint, config.student.layout)
-    student.check_training("student", tensor=config.student.layout.tensor, sequence=config.student.layout.sequence)
+    student.check_training("student", config.student.layout)
     _check_length(config, "student", student)
     if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
         raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
@@ -62,14 +63,15 @@ def _check_model(role: str, hf: str | None, checkpoint: str | None, layout: Para
         if not (path / "metadata.json").is_file():
             raise ValueError(f"{role}.checkpoint={checkpoint!r} is not a Megatron checkpoint: no metadata.json in it")
         architecture = read_architecture(_assets(None, checkpoint))
-    architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert, expert_tensor=layout.expert_tensor)
+    architecture.check_layout(role, layout)
     return architecture
 
 
 def _check_self_test(student: Architecture, layout: ParallelLayout) -> None:
     """Raise ValueError unless the student's own weights can be laid out as the teacher's, to be scored in their place."""
     try:
-        student.check_layout("teacher", tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert if student.experts else 1)
+        # A student without experts leaves those axes of the layout unused.
+        student.check_layout("teacher", layout if student.experts else replace(layout, expert=1, expert_tensor=1))
     except ValueError as error:
         raise ValueError(
             f"teacher.self_test=true scores the student's weights in the teacher's layout, and there {str(error).replace('the teacher', 'the student')}; "

@@ -97,6 +97,10 @@ EXPERT_LAYOUTS = {
     "EP2xPP2": (ParallelLayout(expert=2, pipeline=2), 4),
     "EP2xTP2": (ParallelLayout(expert=2, tensor=2), 2),
     "EP4xTP2": (ParallelLayout(expert=4, tensor=2), 4),
+    "ETP2": (ParallelLayout(expert_tensor=2), 2),
+    "TP2xETP2": (ParallelLayout(tensor=2, expert_tensor=2), 2),
+    "EP2xETP2": (ParallelLayout(expert=2, expert_tensor=2), 4),
+    "TP2xPP2xETP2": (ParallelLayout(tensor=2, pipeline=2, expert_tensor=2), 4),
 }
 
 
