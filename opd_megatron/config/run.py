@@ -323,20 +323,30 @@ class RunConfig:
         """Raise ValueError unless both layouts and the batch fit `world_size` ranks."""
         own = self.num_teacher_ranks
         _require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
-        for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
-            if model is None:
-                continue
-            try:
-                data_size = model.layout.data_size(num_ranks)
-            except ValueError as error:
-                raise ValueError(f"{role}.layout: {error}") from None
-            if role == "student":
-                _require(
-                    self.num_sequences % (data_size * self.training.micro_batch) == 0,
-                    f"data.batch_prompts * rollout.samples_per_prompt = {self.num_sequences} sequences a step do not split evenly over "
-                    f"{data_size} data-parallel replicas x training.micro_batch={self.training.micro_batch}; change one of them",
-                )
+        self.check_student_ranks(world_size - own)
+        self.check_teacher_ranks(own or world_size)
+
+    def check_student_ranks(self, num_ranks: int) -> None:
+        """Raise ValueError unless the student's layout and the batch fit `num_ranks` ranks."""
+        data_size = _data_size("student", self.student.layout, num_ranks)
+        _require(
+            self.num_sequences % (data_size * self.training.micro_batch) == 0,
+            f"data.batch_prompts * rollout.samples_per_prompt = {self.num_sequences} sequences a step do not split evenly over "
+            f"{data_size} data-parallel replicas x training.micro_batch={self.training.micro_batch}; change one of them",
+        )
+
+    def check_teacher_ranks(self, num_ranks: int) -> None:
+        """Raise ValueError unless the teacher's layout, where there is one, fits `num_ranks` ranks."""
+        if self.teacher is not None:
+            _data_size("teacher", self.teacher.layout, num_ranks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
         return asdict(self)
+
+
+def _data_size(role: str, layout: ParallelLayout, num_ranks: int) -> int:
+    try:
+        return layout.data_size(num_ranks)
+    except ValueError as error:
+        raise ValueError(f"{role}.layout: {error}") from None
