@@ -5,6 +5,7 @@ Whole runs in processes of their own, started as a user starts them. Not covered
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -331,6 +332,15 @@ def two_checkpoints(models: Path, pool: RankPool) -> Path:
     run = models / "two_checkpoints"
     pool.run(_resume, _config(models, steps=2), run, world_size=2)
     return run
+
+
+def test_a_run_is_not_resumed_in_another_precision(models: Path, two_checkpoints: Path, pool: RankPool) -> None:
+    """Its master weights would be cut to those of the other."""
+    config = _config(models, steps=3)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    for message in pool.run(_resume_or_message, config, two_checkpoints, world_size=2):
+        assert "holds a run with another config" in message
+        assert "training.precision" in message
 
 
 @pytest.mark.parametrize("name", DAMAGES)
