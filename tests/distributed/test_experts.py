@@ -380,6 +380,7 @@ def _num_models() -> int:
     return sum(isinstance(found, GPTModel) for found in gc.get_objects())
 
 
-def test_a_finished_run_leaves_no_model_behind(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", ["expert", "expert_tensor"])
+def test_a_finished_run_leaves_no_model_behind(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, axis: str) -> None:
     """Nor its process groups, each with threads and sockets."""
-    assert pool.run(_models_left, _config(models, {"expert": 2}, {}, replay=str(recorded)), tmp_path / "run", world_size=2) == [0, 0]
+    assert pool.run(_models_left, _config(models, {axis: 2}, {}, replay=str(recorded)), tmp_path / "run", world_size=2) == [0, 0]
