@@ -38,6 +38,8 @@ def main() -> int:
         difference = _largest_difference(arguments, layout)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        # Threads of a process group that outlive the interpreter abort it.
+        leave_world()
         return 2
     leave_world()
     tolerance = arguments.tolerance if arguments.tolerance is not None else {"fp32": 1e-4, "bf16": 0.5}[arguments.precision]

@@ -36,6 +36,8 @@ def main() -> int:
         record = _evaluate(arguments, data)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        # Threads of a process group that outlive the interpreter abort it.
+        leave_world()
         return 2
     leave_world()
     if record is not None:
