@@ -38,6 +38,8 @@ def main() -> int:
         difference = _largest_difference(arguments, layout)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        # Threads of a process group that outlive the interpreter abort it.
+        leave_world()
         return 2
     leave_world()
     tolerance = arguments.tolerance if arguments.tolerance is not None else {"fp32": 1e-4, "bf16": 0.5}[arguments.precision]
@@ -61,7 +63,7 @@ def _largest_difference(arguments: argparse.Namespace, layout: ParallelLayout) -
     with shared_errors():
         source = open_weights(checkpoint=str(arguments.checkpoint))
         layout.data_size(dist.get_world_size())
-        source.architecture.check_layout("model", tensor=layout.tensor, pipeline=layout.pipeline)
+        source.architecture.check_layout("model", layout)
         reference = open_weights(hf=str(arguments.hf)).architecture
         if reference != source.architecture:
             raise ValueError(f"{arguments.checkpoint} is another architecture than {arguments.hf}: {source.architecture} instead of {reference}")

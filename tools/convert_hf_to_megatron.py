@@ -28,6 +28,8 @@ def main() -> int:
         write_checkpoint(source, arguments.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        # Threads of a process group that outlive the interpreter abort it.
+        leave_world()
         return 2
     leave_world()
     print(f"wrote {arguments.out}")

@@ -36,6 +36,8 @@ def main() -> int:
         record = _evaluate(arguments, data)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        # Threads of a process group that outlive the interpreter abort it.
+        leave_world()
         return 2
     leave_world()
     if record is not None:
@@ -67,7 +69,7 @@ def _evaluate(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Any]
     with shared_errors():
         layout.data_size(dist.get_world_size())
         source = open_weights(hf=arguments.hf, checkpoint=arguments.checkpoint)
-        source.architecture.check_layout("model", tensor=layout.tensor, pipeline=layout.pipeline)
+        source.architecture.check_layout("model", layout)
         tokenizer = load_tokenizer(source.assets)
         prompt_tokens, response_tokens = _budgets(arguments, source.architecture.max_positions)
         data = replace(data, max_prompt_tokens=prompt_tokens)

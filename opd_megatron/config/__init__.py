@@ -1,5 +1,6 @@
 """What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
 
+from opd_megatron.config.nearest import name_changes, nearest_layouts
 from opd_megatron.config.overrides import all_keys, apply_overrides
 from opd_megatron.config.run import (
     CheckpointConfig,
@@ -27,4 +28,6 @@ __all__ = [
     "TrainingConfig",
     "all_keys",
     "apply_overrides",
+    "name_changes",
+    "nearest_layouts",
 ]

@@ -23,7 +23,7 @@ class ParallelLayout:
     virtual: int = 1
     context: int = 1
     expert: int = 1
-    # Splits one expert's matrices; the other ranks of a tensor group hold other experts, or copies.
+    # Splits one expert's matrices, whatever `tensor` splits.
     expert_tensor: int = 1
     sequence: bool = False
 
@@ -43,6 +43,11 @@ class ParallelLayout:
         """What the length of every sequence must be a multiple of: two chunks for each context rank."""
         return 2 * self.context if self.context > 1 else 1
 
+    @property
+    def replicas_share_experts(self) -> bool:
+        """Whether a token's experts may be on ranks of another replica or context part."""
+        return self.expert > 1 or self.tensor % self.expert_tensor > 0
+
     def data_size(self, world_size: int) -> int:
         """Return how many replicas fit, or say which product does not divide the world."""
         size = self.model_size
@@ -59,7 +64,7 @@ class ParallelLayout:
     def describe(self) -> str:
         """Return a short label, e.g. `TP2xPP2+SP`."""
         context = f"xCP{self.context}" if self.context > 1 else ""
-        expert = f"xEP{self.expert}" if self.expert > 1 else ""
+        expert = (f"xEP{self.expert}" if self.expert > 1 else "") + (f"xETP{self.expert_tensor}" if self.expert_tensor > 1 else "")
         virtual = f"xVPP{self.virtual}" if self.virtual > 1 else ""
         return f"TP{self.tensor}xPP{self.pipeline}{virtual}{context}{expert}" + ("+SP" if self.sequence else "")
 
@@ -344,14 +349,25 @@ class RunConfig:
         """Raise ValueError unless both layouts fit `world_size` ranks."""
         own = self.num_teacher_ranks
         _require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
-        for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
-            if model is None:
-                continue
-            try:
-                model.layout.data_size(num_ranks)
-            except ValueError as error:
-                raise ValueError(f"{role}.layout: {error}") from None
+        self.check_student_ranks(world_size - own)
+        self.check_teacher_ranks(own or world_size)
+
+    def check_student_ranks(self, num_ranks: int) -> None:
+        """Raise ValueError unless the student's layout fits `num_ranks` ranks."""
+        _data_size("student", self.student.layout, num_ranks)
+
+    def check_teacher_ranks(self, num_ranks: int) -> None:
+        """Raise ValueError unless the teacher's layout, where there is one, fits `num_ranks` ranks."""
+        if self.teacher is not None:
+            _data_size("teacher", self.teacher.layout, num_ranks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
         return asdict(self)
+
+
+def _data_size(role: str, layout: ParallelLayout, num_ranks: int) -> int:
+    try:
+        return layout.data_size(num_ranks)
+    except ValueError as error:
+        raise ValueError(f"{role}.layout: {error}") from None

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from opd_megatron.config import ParallelLayout
+
 SUPPORTED = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "LlamaForCausalLM": "llama"}
 
 
@@ -64,34 +66,38 @@ class Architecture:
         unit = tensor * multiple
         return math.ceil(self.vocab_size / unit) * unit
 
-    def check_layout(self, role: str, *, tensor: int, pipeline: int, expert: int = 1, expert_tensor: int = 1) -> None:
+    def check_layout(self, role: str, layout: ParallelLayout) -> None:
         """Raise ValueError unless heads, layers, and feed-forward width or experts divide over the layout."""
-        if self.experts is None and expert > 1:
-            raise ValueError(f"{role}.layout.expert={expert} spreads experts, and the {role} is a dense {self.family} model without any; use 1")
-        if expert_tensor > 1:
-            raise ValueError(f"{role}.layout.expert_tensor={expert_tensor} is not supported: an expert stays whole on its rank; use 1 and a larger expert")
-        # An expert stays whole on its rank: tensor parallelism splits attention, expert parallelism the set of experts.
-        feed_forward = (
-            ("feed-forward columns", self.ffn_hidden_size, "tensor", tensor)
-            if self.experts is None
-            else ("experts", self.experts.num_experts, "expert", expert)
-        )
+        if self.experts is None:
+            for axis, size in (("expert", layout.expert), ("expert_tensor", layout.expert_tensor)):
+                if size > 1:
+                    raise ValueError(f"{role}.layout.{axis}={size} spreads experts, and the {role} is a dense {self.family} model without any; use 1")
         for what, count, axis, size in (
-            ("attention heads", self.num_heads, "tensor", tensor),
-            ("key-value heads", self.num_kv_heads, "tensor", tensor),
-            ("layers", self.num_layers, "pipeline", pipeline),
-            feed_forward,
+            ("attention heads", self.num_heads, "tensor", layout.tensor),
+            ("key-value heads", self.num_kv_heads, "tensor", layout.tensor),
+            ("layers", self.num_layers, "pipeline", layout.pipeline),
+            (f"layers of a stage (layout.pipeline={layout.pipeline})", self.num_layers // layout.pipeline, "virtual", layout.virtual),
+            *self._split_feed_forward(layout),
         ):
             if count % size:
                 fits = [n for n in range(1, count + 1) if count % n == 0 and n <= 64]
                 raise ValueError(f"{role}.layout.{axis}={size} does not divide the {role}'s {count} {what}; use one of {fits}")
 
-    def check_training(self, role: str, *, tensor: int, sequence: bool) -> None:
+    def _split_feed_forward(self, layout: ParallelLayout) -> list[tuple[str, int, str, int]]:
+        """Return what of the feed-forward is split: its columns, or the set of experts and each expert's columns."""
+        if self.experts is None:
+            return [("feed-forward columns", self.ffn_hidden_size, "tensor", layout.tensor)]
+        return [
+            ("experts", self.experts.num_experts, "expert", layout.expert),
+            ("columns of an expert", self.experts.ffn_hidden_size, "expert_tensor", layout.expert_tensor),
+        ]
+
+    def check_training(self, role: str, layout: ParallelLayout) -> None:
         """Raise ValueError where Megatron-Core runs a model under a layout but does not train it."""
-        if self.experts is not None and tensor > 1 and not sequence:
+        if self.experts is not None and layout.tensor > 1 and not layout.sequence:
             raise ValueError(
-                f"{role}.layout.tensor={tensor} trains a mixture of experts only under sequence parallelism: every tensor rank would send the same tokens "
-                f"to the experts; set {role}.layout.sequence=true, or tensor=1"
+                f"{role}.layout.tensor={layout.tensor} trains a mixture of experts only under sequence parallelism: every tensor rank would send the same "
+                f"tokens to the experts; set {role}.layout.sequence=true, or tensor=1"
             )
 
 

@@ -46,7 +46,7 @@ def _lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
 
 def _in_step(groups: ModelGroups, *, has_text: bool, device: torch.device) -> bool:
     """Return whether any replica has text for the next forward; every rank of a pipeline stage asks before each one. False where experts are not spread."""
-    if groups.layout.expert == 1:
+    if not groups.layout.replicas_share_experts:
         return False
     busy = torch.tensor([float(has_text)], device=device)
     # The whole stage, and not the expert group: one that does not begin where a tensor group does ties others together.

@@ -39,10 +39,16 @@ class HFFolder:
     path: Path
     architecture: Architecture
     tensor_files: Mapping[str, Path]
+    # As safetensors names them; a folder may store several.
+    tensor_dtypes: Mapping[str, str]
+
+
+# What weights can be cast from. Numbers of another kind mean something only together with scales, which no model here reads.
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def open_hf_folder(path: str | Path) -> HFFolder:
-    """Return the folder, or raise ValueError saying which file is missing, cut short, or not understood. Reads headers only."""
+    """Return the folder, or raise ValueError saying which file is missing, cut short, quantized, or not understood. Reads headers only."""
     folder = Path(path)
     architecture = read_architecture(folder)
     index = folder / "model.safetensors.index.json"
@@ -54,12 +60,19 @@ def open_hf_folder(path: str | Path) -> HFFolder:
     else:
         single = folder / "model.safetensors"
         tensor_files = dict.fromkeys(read_safetensors_header(single), single)
+    dtypes: dict[str, str] = {}
     for file in sorted(set(tensor_files.values())):
         present = read_safetensors_header(file)
-        absent = [name for name, holder in tensor_files.items() if holder == file and name not in present]
+        promised = [name for name, holder in tensor_files.items() if holder == file]
+        absent = [name for name in promised if name not in present]
         if absent:
             raise ValueError(f"{file}: the index promises {absent[0]!r}, which the file does not hold; download the folder again")
-    return HFFolder(folder, architecture, tensor_files)
+        dtypes |= {name: str(present[name].get("dtype")) for name in promised}
+        quantized = [name for name in promised if dtypes[name] not in _FLOATING]
+        if quantized:
+            name = quantized[0]
+            raise ValueError(f"{file} stores {name!r} as {dtypes[name]}, and only unquantized weights are supported: {', '.join(_FLOATING)}, also mixed")
+    return HFFolder(folder, architecture, tensor_files, dtypes)
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -34,7 +34,7 @@ class MappedTensor:
     megatron: str
     hf: tuple[str, ...]
     kind: Kind = "plain"
-    # The dimension split over tensor-parallel ranks; None is replicated.
+    # The dimension split over tensor-parallel ranks, of an expert's over expert-tensor-parallel ranks; None is replicated.
     split_dim: int | None = None
     is_vocab: bool = False
     # The place in a tensor stacked over the layer's experts.
@@ -107,7 +107,7 @@ def _dense_rows(a: Architecture, megatron: str, hf: str) -> list[MappedTensor]:
 
 
 def _expert_rows(a: Architecture, experts: Experts, megatron: str, hf: str) -> list[MappedTensor]:
-    """Return the norm, the router, and every expert; experts are whole on every tensor rank."""
+    """Return the norm, the router, and every expert."""
     rows = [
         MappedTensor(megatron=f"{megatron}pre_mlp_layernorm.weight", hf=(f"{hf}post_attention_layernorm.weight",), part_shapes=((a.hidden_size,),)),
         MappedTensor(megatron=f"{megatron}mlp.router.weight", hf=(f"{hf}mlp.gate.weight",), part_shapes=((experts.num_experts, a.hidden_size),)),
@@ -117,8 +117,12 @@ def _expert_rows(a: Architecture, experts: Experts, megatron: str, hf: str) -> l
         one = f"{hf}mlp.experts.{expert}."
         gate_up = (f"{one}gate_proj.weight", f"{one}up_proj.weight")
         rows += [
-            MappedTensor(megatron=f"{stack}linear_fc1.weight", hf=gate_up, kind="gate_up", expert=expert, part_shapes=((width, a.hidden_size),) * 2),
-            MappedTensor(megatron=f"{stack}linear_fc2.weight", hf=(f"{one}down_proj.weight",), expert=expert, part_shapes=((a.hidden_size, width),)),
+            MappedTensor(
+                megatron=f"{stack}linear_fc1.weight", hf=gate_up, kind="gate_up", split_dim=0, expert=expert, part_shapes=((width, a.hidden_size),) * 2
+            ),
+            MappedTensor(
+                megatron=f"{stack}linear_fc2.weight", hf=(f"{one}down_proj.weight",), split_dim=1, expert=expert, part_shapes=((a.hidden_size, width),)
+            ),
         ]
     return rows
 

@@ -37,6 +37,7 @@ DAMAGE = (
 _MAX_SHARD_BYTES = 5 * 1024**3
 # Buffers that old checkpoints of these families store and no model needs.
 _IGNORED_HF = re.compile(r"rotary_emb\.inv_freq$")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class WeightSource(Protocol):
@@ -75,10 +76,19 @@ class HFWeights:
             raise ValueError(f"{folder.path}: {len(missing)} tensors of a {self.architecture.family} model are missing, first {missing[0]!r}")
         if unknown:
             raise ValueError(f"{folder.path}: {len(unknown)} tensors are unknown to a {self.architecture.family} model, first {unknown[0]!r}")
+        # Megatron keeps in one tensor what a folder may store in several dtypes: query, key and value, or the experts of a layer.
+        self._dtypes: dict[str, torch.dtype] = {}
+        for row in weight_map(self.architecture):
+            for name in row.hf:
+                stored = _DTYPES[folder.tensor_dtypes[name]]
+                self._dtypes[row.megatron] = torch.promote_types(self._dtypes.get(row.megatron, stored), stored)
 
     def read(self, row: MappedTensor) -> torch.Tensor:
-        """Return one global Megatron tensor fused from its Hugging Face parts, in the dtype they are stored in; no other tensor is read."""
-        return to_megatron(row, [self._read_part(name) for name in row.hf], self.architecture)
+        """Return one global Megatron tensor fused from its Hugging Face parts; no other tensor is read.
+
+        In the dtype they are stored in; where these differ, in the one that holds the values of all.
+        """
+        return to_megatron(row, [self._read_part(name).to(self._dtypes[row.megatron]) for name in row.hf], self.architecture)
 
     def _read_part(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as file:
@@ -159,8 +169,8 @@ def load_model(model: ModelChunks, groups: ModelGroups, source: WeightSource, *,
     with torch.no_grad():
         for name, parameter in named_global_parameters(model, architecture):
             row = rows[name]
-            piece = local_slice(row, source.read(row), tensor_rank=groups.tensor_rank, tensor_size=groups.layout.tensor, padded_vocab=padded)
-            parameter.copy_(piece)
+            rank, size = (groups.tensor_rank, groups.layout.tensor) if row.expert is None else (groups.expert_tensor_rank, groups.layout.expert_tensor)
+            parameter.copy_(local_slice(row, source.read(row), tensor_rank=rank, tensor_size=size, padded_vocab=padded))
 
 
 def named_global_parameters(model: ModelChunks, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -64,6 +64,7 @@ def enable_cpu_backend() -> bool:
     # Without CUDA this queues a lazy call: a silent no-op, and the tracker would not fork.
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
     _keep_expert_counts_on_the_host()
+    _even_out_the_tokens_of_split_experts()
     _mode = _CudaToCpu()
     _mode.__enter__()
     return True
@@ -86,3 +87,22 @@ def _keep_expert_counts_on_the_host() -> None:
 
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counts_as_numbers
+
+
+def _even_out_the_tokens_of_split_experts() -> None:
+    """Let the ranks of a split expert gather their tokens, of which each has another number: gloo's all_gather takes equal parts only.
+
+    Every part is filled up to the largest with zeros, which are cut off again. Its reduce_scatter, on the way back, takes uneven parts.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather = mappings._gather_along_first_dim
+
+    def even_gather(part: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(part, group, output_split_sizes, *args)
+        largest = max(output_split_sizes)
+        whole = gather(torch.cat([part, part.new_zeros(largest - part.size(0), *part.shape[1:])]), group)
+        return torch.cat([rows[:size] for rows, size in zip(whole.chunk(group.size()), output_split_sizes, strict=True)]) if largest else whole
+
+    mappings._gather_along_first_dim = even_gather

@@ -45,6 +45,10 @@ class ModelGroups:
         return self.cell.tensor
 
     @property
+    def expert_tensor_rank(self) -> int:
+        return self.collection.expt_tp.rank()
+
+    @property
     def data_rank(self) -> int:
         return self.cell.data
 

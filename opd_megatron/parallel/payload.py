@@ -1,12 +1,20 @@
 """Moving pieces of samples from the ranks that computed them to the ranks that need them, for any pair of layouts.
 
-Every rank makes the same plan from what all ranks know (who has a piece, who needs it, how many rows it has), so the plan itself costs
-no communication. Shapes: R rows of one piece, G columns.
+A piece is needed by one tensor group of the student, whole on every rank of it. Every rank makes the same plan from what all ranks know (who has a
+piece, who needs it, how many rows it has), so the plan itself costs no communication:
+
+- a rank that holds a piece receives nothing of it;
+- a piece that some ranks of the group hold stays within the group: each of the others gets it from one of those;
+- a piece that none of them holds crosses once: each rank receives a share of its rows, and the group gathers the shares.
+
+In the second case a gather would send the holders what they have, and would first need shares on the others: more bytes, none fewer from outside.
+Shapes: R rows of one piece, P pieces gathered at once, N rows of them all, t ranks of a tensor group, G columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,81 +22,204 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
+class Span:
+    """Rows `start` to `stop` of one piece."""
+
+    piece: int
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
 class Transfer:
-    """Pieces one rank sends to another in one message."""
+    """What one rank sends to another in one message."""
 
     source: int
     target: int
+    spans: tuple[Span, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(span.num_rows for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Pieces that a tensor group puts together: `shares[i]` are those of their N rows that `ranks[i]` was sent, ceil(N / t) or what is left."""
+
+    ranks: tuple[int, ...]
     pieces: tuple[int, ...]
+    shares: tuple[tuple[Span, ...], ...]
+
+    @property
+    def share_rows(self) -> int:
+        """Return ceil(N / t): the rows that every rank puts in. Shares at the end are filled up to it."""
+        return sum(span.num_rows for span in self.shares[0])
+
+    @property
+    def whole_rows(self) -> int:
+        """Return the rows that every rank ends with, those that filled up shares among them."""
+        return len(self.ranks) * self.share_rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """Messages that travel at once, and then what of them is gathered. Two ranks exchange one message each way at most."""
+
+    transfers: tuple[Transfer, ...]
+    gathers: tuple[Gather, ...]
 
 
 @dataclass(frozen=True)
 class PayloadPlan:
-    """Rounds of transfers. Each message holds at most `max_rows` rows, or one piece, which bounds the buffers in flight."""
+    """Steps in the order in which all ranks take them, each with at most `max_rows` rows, or one piece, a message and a gather: that bounds the buffers."""
 
-    rounds: tuple[tuple[Transfer, ...], ...]
+    steps: tuple[Step, ...]
     num_rows: tuple[int, ...]
 
     def sent_rows(self) -> int:
-        """Return the rows that cross between ranks, for the bytes-per-token metric."""
-        return sum(self.num_rows[piece] for step in self.rounds for transfer in step for piece in transfer.pieces)
+        """Return the rows that reach tensor groups from outside, each once."""
+        return sum(span.num_rows for gather in self._gathers() for share in gather.shares for span in share)
+
+    def gathered_rows(self) -> int:
+        """Return the rows that ranks receive from their own tensor group: (t - 1) copies at most of each, and less than t rows a gather to make shares even."""
+        gathered = sum((len(gather.ranks) - 1) * gather.whole_rows for gather in self._gathers())
+        return gathered + sum(transfer.num_rows for step in self.steps for transfer in step.transfers) - self.sent_rows()
+
+    def _gathers(self) -> Iterator[Gather]:
+        return (gather for step in self.steps for gather in step.gathers)
 
 
 def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[int]], num_rows: Sequence[int], *, max_rows: int = 1 << 16) -> PayloadPlan:
-    """Return the plan for pieces held by any of `holders[i]` and needed by all of `needers[i]`.
+    """Return the plan for pieces held by any of `holders[i]` and needed by all of `needers[i]`, a tensor group in ascending order.
 
-    A rank that holds what it needs receives nothing. Otherwise the needers of one piece are spread over its holders.
+    Two tensor groups are equal, or share no rank. The needers of one piece are spread over its holders. Pieces without rows do not travel.
     """
-    pairs: dict[tuple[int, int], list[list[int]]] = {}
+    crossing: dict[tuple[int, ...], list[int]] = {}
+    copied: dict[tuple[int, int], list[int]] = {}
     for piece, (having, needing) in enumerate(zip(holders, needers, strict=True)):
-        for place, target in enumerate(needing):
-            if target in having or num_rows[piece] == 0:
-                continue
-            messages = pairs.setdefault((having[place % len(having)], target), [[]])
-            if messages[-1] and sum(num_rows[i] for i in messages[-1]) + num_rows[piece] > max_rows:
-                messages.append([])
-            messages[-1].append(piece)
-    num_rounds = max((len(messages) for messages in pairs.values()), default=0)
-    rounds = tuple(
-        tuple(Transfer(source, target, tuple(messages[step])) for (source, target), messages in sorted(pairs.items()) if step < len(messages))
-        for step in range(num_rounds)
-    )
-    return PayloadPlan(rounds, tuple(num_rows))
+        if num_rows[piece] == 0 or not needing:
+            continue
+        inside = [rank for rank in needing if rank in having]
+        if not inside:
+            crossing.setdefault(tuple(needing), []).append(piece)
+        for place, target in enumerate(rank for rank in needing if rank not in having and inside):
+            copied.setdefault((inside[place % len(inside)], target), []).append(piece)
+    copies = [
+        [Transfer(source, target, tuple(Span(piece, 0, num_rows[piece]) for piece in pieces)) for pieces in _batches(all_pieces, num_rows, max_rows)]
+        for (source, target), all_pieces in sorted(copied.items())
+    ]
+    gathers = [[_gather_of(ranks, pieces, num_rows) for pieces in _batches(all_pieces, num_rows, max_rows)] for ranks, all_pieces in sorted(crossing.items())]
+    steps = []
+    for at_once in itertools.zip_longest(*copies, *gathers):
+        gathered = [item for item in at_once if isinstance(item, Gather)]
+        transfers = [item for item in at_once if isinstance(item, Transfer)] + [transfer for gather in gathered for transfer in _sends(gather, holders)]
+        steps.append(Step(tuple(transfers), tuple(gathered)))
+    return PayloadPlan(tuple(steps), tuple(num_rows))
 
 
-def deliver(
-    plan: PayloadPlan,
-    held: Mapping[int, torch.Tensor],
-    needed: Sequence[int],
-    *,
-    width: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    group: dist.ProcessGroup | None = None,
-) -> list[torch.Tensor]:
-    """Return the tensor [R, G] of every piece in `needed`, in that order. Every rank of the plan calls this with what it holds.
+def _batches(pieces: Sequence[int], num_rows: Sequence[int], max_rows: int) -> list[list[int]]:
+    """Return the pieces in order, as many together as have at most `max_rows` rows; one that has more is alone."""
+    batches: list[list[int]] = [[]]
+    for piece in pieces:
+        if batches[-1] and sum(num_rows[i] for i in batches[-1]) + num_rows[piece] > max_rows:
+            batches.append([])
+        batches[-1].append(piece)
+    return batches
 
-    Ranks are those of `group`, by default the world.
+
+def _gather_of(ranks: tuple[int, ...], pieces: Sequence[int], num_rows: Sequence[int]) -> Gather:
+    """Return the gather of these pieces' rows, one after another, in shares of equal size as far as they go."""
+    starts = list(itertools.accumulate((num_rows[piece] for piece in pieces), initial=0))
+    size = -(-starts[-1] // len(ranks))
+    shares = []
+    for place in range(len(ranks)):
+        # Where the share, from place * size on, and a piece overlap.
+        cuts = [(piece, max(place * size - first, 0), min((place + 1) * size - first, num_rows[piece])) for piece, first in zip(pieces, starts)]
+        shares.append(tuple(Span(piece, start, stop) for piece, start, stop in cuts if start < stop))
+    return Gather(ranks, tuple(pieces), tuple(shares))
+
+
+def _sends(gather: Gather, holders: Sequence[Sequence[int]]) -> list[Transfer]:
+    """Return the messages that bring every rank its share, one from each holder that it is spread to."""
+    transfers = []
+    for place, (target, share) in enumerate(zip(gather.ranks, gather.shares, strict=True)):
+        by_source: dict[int, list[Span]] = {}
+        for span in share:
+            having = holders[span.piece]
+            by_source.setdefault(having[place % len(having)], []).append(span)
+        transfers += [Transfer(source, target, tuple(spans)) for source, spans in sorted(by_source.items())]
+    return transfers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """What the rows are, and the groups they travel in: `group` holds all ranks of the plan and counts them (default: the world), `tp_group` gathers.
+
+    `tp_group` is this rank's tensor group of the student; where no gather takes place, there need be none.
     """
-    # dist.get_rank(group) counts in the default group, which may be another.
-    rank = group.rank() if group is not None else dist.get_rank()
+
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        # dist.get_rank(group) counts in the default group, which may be another.
+        return self.group.rank() if self.group is not None else dist.get_rank()
+
+    def empty(self, num_rows: int) -> torch.Tensor:
+        return torch.empty(num_rows, self.width, dtype=self.dtype, device=self.device)
+
+
+def deliver(plan: PayloadPlan, held: Mapping[int, torch.Tensor], needed: Sequence[int], channel: Channel) -> list[torch.Tensor]:
+    """Return the tensor [R, G] of every piece in `needed`, in that order. Every rank of the plan calls this with what it holds, {piece: [R, G]}."""
     arrived: dict[int, torch.Tensor] = {}
-    for step in plan.rounds:
-        operations, incoming = [], []
-        for transfer in step:
-            if transfer.source == rank:
-                message = torch.cat([held[piece] for piece in transfer.pieces]).to(dtype).contiguous()
-                operations.append(dist.P2POp(dist.isend, message, transfer.target, group))
-            elif transfer.target == rank:
-                rows = [plan.num_rows[piece] for piece in transfer.pieces]
-                message = torch.empty(sum(rows), width, dtype=dtype, device=device)
-                operations.append(dist.P2POp(dist.irecv, message, transfer.source, group))
-                incoming.append((transfer.pieces, rows, message))
-        if operations:
-            for request in dist.batch_isend_irecv(operations):
-                request.wait()
-        for pieces, rows, message in incoming:
-            arrived.update(zip(pieces, message.split(rows), strict=True))
-    # A piece without rows is not sent.
-    nothing = torch.empty(0, width, dtype=dtype, device=device)
-    return [arrived[piece] if piece in arrived else (held[piece] if plan.num_rows[piece] else nothing).to(dtype) for piece in needed]
+    for step in plan.steps:
+        received = _exchange(step.transfers, held, channel)
+        for gather in step.gathers:
+            if channel.rank in gather.ranks:
+                share = [received.pop(span) for span in gather.shares[gather.ranks.index(channel.rank)]]
+                whole_NG = _gather(share, gather, channel)
+                sizes = [plan.num_rows[piece] for piece in gather.pieces]
+                arrived.update(zip(gather.pieces, whole_NG[: sum(sizes)].split(sizes), strict=True))
+        arrived.update({span.piece: rows for span, rows in received.items()})
+    # A piece without rows does not travel.
+    nothing = channel.empty(0)
+    return [arrived[piece] if piece in arrived else (held[piece] if plan.num_rows[piece] else nothing).to(channel.dtype) for piece in needed]
+
+
+def _exchange(transfers: Sequence[Transfer], held: Mapping[int, torch.Tensor], channel: Channel) -> dict[Span, torch.Tensor]:
+    """Send and receive one step's messages; return what this rank received."""
+    operations: list[dist.P2POp] = []
+    received: dict[Span, torch.Tensor] = {}
+    for transfer in transfers:
+        if transfer.source == channel.rank:
+            message = torch.cat([held[span.piece][span.start : span.stop] for span in transfer.spans]).to(channel.dtype).contiguous()
+            operations.append(dist.P2POp(dist.isend, message, transfer.target, channel.group))
+        elif transfer.target == channel.rank:
+            message = channel.empty(transfer.num_rows)
+            operations.append(dist.P2POp(dist.irecv, message, transfer.source, channel.group))
+            received.update(zip(transfer.spans, message.split([span.num_rows for span in transfer.spans]), strict=True))
+    if operations:
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
+    return received
+
+
+def _gather(share: Sequence[torch.Tensor], gather: Gather, channel: Channel) -> torch.Tensor:
+    """Return the rows [N, G] of all shares, and after them what filled up the last ones."""
+    padding = gather.share_rows - sum(rows.size(0) for rows in share)
+    share_NG = torch.cat([*share, channel.empty(padding)])
+    if len(gather.ranks) == 1:
+        return share_NG
+    assert channel.tp_group is not None, "a rank of a tensor group gathers"
+    whole_NG = channel.empty(gather.whole_rows)
+    dist.all_gather_into_tensor(whole_NG, share_NG, group=channel.tp_group)
+    return whole_NG

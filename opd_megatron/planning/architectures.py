@@ -36,5 +36,5 @@ def know_model(role: str, settings: StudentConfig | TeacherConfig, published: Se
     architecture = read_architecture(folder)
     if architecture.experts is not None:
         raise ValueError(f"{folder} is a mixture of experts, which is not planned yet; only dense models are")
-    architecture.check_layout(role, tensor=settings.layout.tensor, pipeline=settings.layout.pipeline, expert=settings.layout.expert)
+    architecture.check_layout(role, settings.layout)
     return KnownModel(architecture, folder)

@@ -70,6 +70,9 @@ def _teacher(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
     yield Message(
         phase="teacher", group="payload", operation="send", count=len(sent), num_bytes=largest, why="hidden states [R, G] of its samples; the largest"
     )
+    if gathered := rank.payload.gathered_rows(rank.rank):
+        why = "hidden states [N, G] of shares that came from outside the tensor group; the largest"
+        yield Message(phase="teacher", group="student TP", operation="all-gather", count=len(gathered), num_bytes=max(gathered) * _row_bytes(teacher), why=why)
 
 
 def _forward(model: PlannedModel, phase: str, passes: int, num_bytes: int, why: str) -> Iterator[Message]:

@@ -23,7 +23,7 @@ class Payload:
 
     @property
     def num_messages(self) -> int:
-        return sum(len(step) for step in self.plan.rounds)
+        return sum(len(step.transfers) for step in self.plan.steps)
 
     def held_rows(self, rank: int) -> int:
         """Return how many rows a rank of the teacher's last stage has."""
@@ -34,17 +34,26 @@ class Payload:
         return sum(piece.num_rows for piece in self.pieces if rank in piece.needers)
 
     def sent_rows(self, rank: int) -> list[int]:
-        """Return the rows of each message that a rank sends, one for every round at most to each target."""
-        return [sum(self._rows(message.pieces)) for step in self.plan.rounds for message in step if message.source == rank]
+        """Return the rows of each message that a rank sends, one in every step at most to each target."""
+        return [message.num_rows for step in self.plan.steps for message in step.transfers if message.source == rank]
+
+    def gathered_rows(self, rank: int) -> list[int]:
+        """Return the rows that each all-gather in which a rank takes part gives it."""
+        return [gather.whole_rows for step in self.plan.steps for gather in step.gathers if rank in gather.ranks and len(gather.ranks) > 1]
 
     def buffered_rows(self, rank: int) -> int:
-        """Return the rows that lie in a rank's messages at once: all it received so far, and what it sends in one round."""
-        sent = [sum(sum(self._rows(message.pieces)) for message in step if message.source == rank) for step in self.plan.rounds]
-        received = [sum(self._rows(message.pieces)) for step in self.plan.rounds for message in step if message.target == rank]
-        return sum(received) + max(sent, default=0)
-
-    def _rows(self, pieces: tuple[int, ...]) -> list[int]:
-        return [self.plan.num_rows[piece] for piece in pieces]
+        """Return the rows that lie in a rank's messages at once: all that arrived before a step, and what it sends, receives and puts together there."""
+        arrived = most = 0
+        for step in self.plan.steps:
+            sent = sum(message.num_rows for message in step.transfers if message.source == rank)
+            received = sum(message.num_rows for message in step.transfers if message.target == rank)
+            gathers = [gather for gather in step.gathers if rank in gather.ranks]
+            whole = sum(gather.whole_rows for gather in gathers)
+            shares = sum(gather.share_rows for gather in gathers if len(gather.ranks) > 1)
+            most = max(most, arrived + sent + received + shares + whole)
+            # What was put together stays, and pieces that came whole.
+            arrived += whole + received - sum(span.num_rows for gather in gathers for span in gather.shares[gather.ranks.index(rank)])
+        return most
 
 
 def step_payload(config: RunConfig) -> Payload:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from opd_megatron.data.batch_plan import Place, TrainingBatches, plan_scoring
 from opd_megatron.data.batches import Sample
 from opd_megatron.parallel.context import context_rank
 from opd_megatron.parallel.layout import RankGrid
-from opd_megatron.parallel.payload import PayloadPlan, deliver, plan_payload
+from opd_megatron.parallel.payload import Channel, PayloadPlan, deliver, plan_payload
 from opd_megatron.parallel.world import Bridge
 from opd_megatron.rollout.rollouts import Rollouts
 
@@ -59,14 +60,16 @@ class Router:
         plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
         return Route(pieces=tuple(pieces), plan=plan)
 
-    def num_bytes(self, route: Route) -> int:
-        """Return the bytes that cross between ranks."""
-        return route.plan.sent_rows() * self.width * self.dtype.itemsize
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
 
-    def deliver(self, route: Route, rows: Mapping[int, torch.Tensor], device: torch.device) -> dict[int, torch.Tensor]:
+    def deliver(
+        self, route: Route, rows: Mapping[int, torch.Tensor], device: torch.device, *, tp_group: dist.ProcessGroup | None = None
+    ) -> dict[int, torch.Tensor]:
         """Return {sample: its rows [R, G] in this rank's context window of the student} for the samples that have some there.
 
-        `rows` are {sample: the rows in this rank's context window of the teacher}.
+        `rows` are {sample: the rows in this rank's context window of the teacher}; `tp_group` is the student's, on its ranks.
         """
         rank, pieces = self.bridge.rank, route.pieces
         held: dict[int, torch.Tensor] = {}
@@ -79,9 +82,8 @@ class Router:
                 taken[piece.sample] = first + piece.num_rows
         needed = [index for index, piece in enumerate(pieces) if rank in piece.needers]
         parts: dict[int, list[torch.Tensor]] = {}
-        for index, rows_RG in zip(
-            needed, deliver(route.plan, held, needed, width=self.width, dtype=self.dtype, device=device, group=self.bridge.group), strict=True
-        ):
+        channel = Channel(width=self.width, dtype=self.dtype, device=device, group=self.bridge.group, tp_group=tp_group)
+        for index, rows_RG in zip(needed, deliver(route.plan, held, needed, channel), strict=True):
             parts.setdefault(pieces[index].sample, []).append(rows_RG)
         return {sample: torch.cat(rows) for sample, rows in parts.items()}
 

@@ -59,7 +59,9 @@ class Teacher:
         self.scorer = scorer
         self.dtype = router.dtype
         self.device = device
+        # Of the last batch: what reached the student's tensor groups, and what their ranks then sent each other.
         self.payload_bytes = 0
+        self.gathered_bytes = 0
         self._router = router
         self._student_groups = student_groups
         self._asked: Rollouts | None = None
@@ -80,8 +82,10 @@ class Teacher:
         rollouts, self._asked = self._asked, None
         assert rollouts is not None, "nothing was asked for"
         route = self._router.route(rollouts)
-        self.payload_bytes = self._router.num_bytes(route)
-        received = self._router.deliver(route, self.scorer.hidden_rows(rollouts) if self.scorer is not None else {}, self.device)
+        self.payload_bytes = route.plan.sent_rows() * self._router.row_bytes
+        self.gathered_bytes = route.plan.gathered_rows() * self._router.row_bytes
+        rows = self.scorer.hidden_rows(rollouts) if self.scorer is not None else {}
+        received = self._router.deliver(route, rows, self.device, tp_group=self._student_groups.collection.tp)
         if not self._student_groups.is_last_stage:
             return None
         return TeacherRows(rows=received, nothing=torch.empty(0, self._router.width, dtype=self.dtype, device=self.device))

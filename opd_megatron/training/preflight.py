@@ -6,32 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.config import ParallelLayout, RunConfig
+from opd_megatron.config import RunConfig, StudentConfig, TeacherConfig
 from opd_megatron.data.sources import check_source
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 from opd_megatron.reporting.run_directory import RunDirectory
+from opd_megatron.training.layouts import check_layouts
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ValueError, with the values and the way out, for layouts, models or data that do not fit together. Reads headers only."""
-    config.check_world(world_size)
+    distills = config.teacher is not None and config.training.objective == "opd"
+    check_layouts(config, world_size, _peek(config.student), _peek(config.teacher) if distills else None)
     check_source(config.data.prompts)
     if isinstance(config.evaluation.prompts, str):
         check_source(config.evaluation.prompts, "evaluation.prompts")
     if config.rollout.replay:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
-    student = _check_model("student", config.student.hf, config.student.checkpoint, config.student.layout)
-    student.check_training("student", tensor=config.student.layout.tensor, sequence=config.student.layout.sequence)
+    student = _open_model("student", config.student)
     _check_length(config, "student", student)
     if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
         raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
-    if config.teacher is None or config.training.objective != "opd":
+    if config.teacher is None or not distills:
         return
-    _check_length(config, "teacher", _check_model("teacher", config.teacher.hf, config.teacher.checkpoint, config.teacher.layout))
-    if config.teacher.self_test:
-        _check_self_test(student, config.teacher.layout)
-    _check_tokenizer_files(_assets(config.student.hf, config.student.checkpoint), _assets(config.teacher.hf, config.teacher.checkpoint))
+    _check_length(config, "teacher", _open_model("teacher", config.teacher))
+    _check_tokenizer_files(_assets(config.student), _assets(config.teacher))
 
 
 def _check_length(config: RunConfig, role: str, architecture: Architecture) -> None:
@@ -49,32 +48,25 @@ def _check_replay(run: RunDirectory, steps: int) -> None:
             raise ValueError(f"rollout.replay={str(run.path)!r} has no record of step {step}: {file} is missing; record with rollout.record=true")
 
 
-def _assets(hf: str | None, checkpoint: str | None) -> Path:
-    return Path(hf) if hf else Path(checkpoint or "") / "huggingface"
+def _assets(model: StudentConfig | TeacherConfig) -> Path:
+    return Path(model.hf) if model.hf else Path(model.checkpoint or "") / "huggingface"
 
 
-def _check_model(role: str, hf: str | None, checkpoint: str | None, layout: ParallelLayout) -> Architecture:
-    """Return the architecture of a model whose files are whole and whose sizes divide over the layout."""
-    if hf:
-        architecture = open_hf_folder(hf).architecture
-    else:
-        path = Path(checkpoint or "")
-        if not (path / "metadata.json").is_file():
-            raise ValueError(f"{role}.checkpoint={checkpoint!r} is not a Megatron checkpoint: no metadata.json in it")
-        architecture = read_architecture(_assets(None, checkpoint))
-    architecture.check_layout(role, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert, expert_tensor=layout.expert_tensor)
-    return architecture
-
-
-def _check_self_test(student: Architecture, layout: ParallelLayout) -> None:
-    """Raise ValueError unless the student's own weights can be laid out as the teacher's, to be scored in their place."""
+def _peek(model: StudentConfig | TeacherConfig | None) -> Architecture | None:
+    """Return a model's architecture; None where it cannot be read, which `_open_model` says."""
     try:
-        student.check_layout("teacher", tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert if student.experts else 1)
-    except ValueError as error:
-        raise ValueError(
-            f"teacher.self_test=true scores the student's weights in the teacher's layout, and there {str(error).replace('the teacher', 'the student')}; "
-            "or set teacher.self_test=false"
-        ) from None
+        return read_architecture(_assets(model)) if model is not None else None
+    except ValueError:
+        return None
+
+
+def _open_model(role: str, model: StudentConfig | TeacherConfig) -> Architecture:
+    """Return the architecture of a model whose files are whole."""
+    if model.hf:
+        return open_hf_folder(model.hf).architecture
+    if not (Path(model.checkpoint or "") / "metadata.json").is_file():
+        raise ValueError(f"{role}.checkpoint={model.checkpoint!r} is not a Megatron checkpoint: no metadata.json in it")
+    return read_architecture(_assets(model))
 
 
 def _check_tokenizer_files(student: Path, teacher: Path) -> None:

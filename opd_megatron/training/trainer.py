@@ -107,7 +107,7 @@ class Trainer:
 
     def _metrics(self, rollouts: Rollouts, sums: LossSums, norm: float, step_seconds: float) -> dict[str, float | int]:
         samples, response_tokens = rollouts.samples, rollouts.num_response_tokens
-        payload_bytes = self.teacher.payload_bytes if self.teacher is not None else 0
+        payload_bytes, gathered_bytes = (self.teacher.payload_bytes, self.teacher.gathered_bytes) if self.teacher is not None else (0, 0)
         return {
             "loss": sums.mean_loss,
             "divergence": sums.per_token(sums.divergence),
@@ -124,6 +124,7 @@ class Trainer:
             "rollout_drift_max": sums.drift_max,
             "padding_share": 1 - sum(rollouts.num_tokens) / self.student.batches.plan(rollouts.num_tokens).num_positions,
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
+            "payload_gathered_bytes_per_token": gathered_bytes / max(1, response_tokens),
             "tokens_per_second": sum(sample.num_tokens for sample in samples) / step_seconds,
             **{f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()},
             **{f"{phase}_peak_bytes": num_bytes for phase, num_bytes in self._peaks_of_all_ranks().items()},

@@ -6,16 +6,17 @@ Not covered: weights of published models (none can be downloaded where tests run
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from opd_megatron.config import ParallelLayout
 from opd_megatron.models.compare import megatron_logits, transformers_logits
 from opd_megatron.models.convert import write_checkpoint
-from opd_megatron.models.gpt import build_gpt
+from opd_megatron.models.gpt import DTYPES, build_gpt
 from opd_megatron.models.weights import export_hf, load_model, named_global_parameters, open_weights
 from opd_megatron.parallel.groups import forget_student_groups, student_groups, teacher_groups
 from tests.pool import RankPool
@@ -48,6 +49,42 @@ def test_conversion_tools_round_trip_bit_for_bit(pool: RankPool, tmp_path: Path,
     folder = write_tiny_model(tmp_path / "hf", family, tied=tied, vocab_size=263)
     pool.run(_convert, folder, tmp_path / "checkpoint", tmp_path / "back", world_size=1)
     _assert_identical(folder, tmp_path / "back")
+
+
+def test_a_mixture_whose_experts_are_stored_in_several_dtypes_keeps_every_value(pool: RankPool, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "hf", "qwen3_moe", vocab_size=263, num_hidden_layers=1)
+    tensors = _state(folder)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.bfloat16() if "experts.3." in name or "norm" in name else tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    pool.run(_convert, folder, tmp_path / "checkpoint", tmp_path / "back", world_size=1)
+    back = _state(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name].float(), tensor.float()), name
+        # The experts of a layer are one tensor, which is fp32 where one of them is.
+        assert back[name].dtype == (torch.float32 if "experts." in name else tensor.dtype), name
+
+
+def _loaded(folder: Path, precision: Literal["bf16", "fp32"], as_teacher: bool) -> dict[str, torch.Tensor]:
+    source = open_weights(hf=str(folder))
+    groups = teacher_groups(ParallelLayout()) if as_teacher else student_groups(ParallelLayout(), seed=1)
+    model = build_gpt(source.architecture, groups, precision=precision, vocab_multiple=1)
+    load_model(model, groups, source, vocab_multiple=1)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("as_teacher", [False, True], ids=["student", "teacher"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_stored_dtype_decides_nothing(pool: RankPool, tmp_path: Path, precision: Literal["bf16", "fp32"], as_teacher: bool) -> None:
+    """A student and a teacher may be stored in different ones: both are cast to what is trained in."""
+    folders = [write_tiny_model(tmp_path / name, num_hidden_layers=1) for name in ("bf16", "fp32")]
+    for folder, dtype in zip(folders, (torch.bfloat16, torch.float32), strict=True):
+        tensors = {name: tensor.bfloat16().to(dtype) for name, tensor in _state(folder).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    short, long = (pool.run(_loaded, folder, precision, as_teacher, world_size=1)[0] for folder in folders)
+    assert {tensor.dtype for tensor in short.values()} == {DTYPES[precision]}
+    assert all(torch.equal(short[name], tensor) and short[name].dtype == tensor.dtype for name, tensor in long.items())
 
 
 def _through_layout(folder: Path, out: Path, layout: ParallelLayout, vocab_multiple: int) -> None:
@@ -97,6 +134,10 @@ EXPERT_LAYOUTS = {
     "EP2xPP2": (ParallelLayout(expert=2, pipeline=2), 4),
     "EP2xTP2": (ParallelLayout(expert=2, tensor=2), 2),
     "EP4xTP2": (ParallelLayout(expert=4, tensor=2), 4),
+    "ETP2": (ParallelLayout(expert_tensor=2), 2),
+    "TP2xETP2": (ParallelLayout(tensor=2, expert_tensor=2), 2),
+    "EP2xETP2": (ParallelLayout(expert=2, expert_tensor=2), 4),
+    "TP2xPP2xETP2": (ParallelLayout(tensor=2, pipeline=2, expert_tensor=2), 4),
 }
 
 

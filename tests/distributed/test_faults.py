@@ -5,6 +5,7 @@ Whole runs in processes of their own, started as a user starts them. Not covered
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -204,6 +205,42 @@ def test_mistakes_exit_2_with_a_message_and_leave_nothing(models: Path, broken: 
         holder.unlock()
 
 
+LAYOUT_MISTAKES = {
+    "the world": ("student.layout.pipeline=3", "world_size=4 is not a multiple of tensor*pipeline*context=3"),
+    "more ranks than there are": ("teacher.layout.tensor=2 teacher.layout.context=4", "teacher.layout: world_size=4 is not a multiple"),
+    "more ranks than the teacher's own": (
+        "teacher.placement=dedicated teacher.num_ranks=2 teacher.layout.context=4",
+        "teacher.layout: world_size=2 is not a multiple of tensor*pipeline*context=4",
+    ),
+    "heads": ("student.layout.tensor=4 student.layout.pipeline=1", "does not divide the student's 2 key-value heads"),
+    "layers": ("student.layout.pipeline=4", "does not divide the student's 2 layers"),
+    "the batch": ("student.layout.pipeline=1 data.batch_prompts=12", "do not split evenly over 4 data-parallel replicas"),
+    "experts": ("student.hf={mixture} student.layout.expert=4 student.layout.pipeline=1 training.micro_batch=2", "does not divide the student's 6 experts"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUT_MISTAKES)
+def test_a_layout_that_does_not_fit_ends_every_rank_before_there_is_a_process_group(models: Path, tmp_path: Path, name: str) -> None:
+    """The ranks have no MASTER_ADDR: one that tried to meet the others would say so."""
+    words, message = LAYOUT_MISTAKES[name]
+    mixture = models / "mixture"
+    if not mixture.exists():
+        write_tiny_model(mixture, "qwen3_moe", num_experts=6, num_hidden_layers=2)
+    command = _command(models, tmp_path / "run", *words.format(mixture=mixture).split())
+    del command[command.index("--nproc-per-node") : command.index("--run-dir")]
+    outside = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT")}
+    environments = [{**outside, "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)} for rank in range(4)]
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for environment in environments]
+    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2, 2, 2]
+    (line,) = outputs[0][1].splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert "; nearest that work: " in line
+    assert outputs[1:] == [("", "")] * 3
+    assert not (tmp_path / "run").exists()
+
+
 def _config(models: Path, steps: int) -> RunConfig:
     return RunConfig(
         student=StudentConfig(hf=str(models / "student"), layout=ParallelLayout(pipeline=2), vocab_multiple=1),
@@ -295,6 +332,15 @@ def two_checkpoints(models: Path, pool: RankPool) -> Path:
     run = models / "two_checkpoints"
     pool.run(_resume, _config(models, steps=2), run, world_size=2)
     return run
+
+
+def test_a_run_is_not_resumed_in_another_precision(models: Path, two_checkpoints: Path, pool: RankPool) -> None:
+    """Its master weights would be cut to those of the other."""
+    config = _config(models, steps=3)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    for message in pool.run(_resume_or_message, config, two_checkpoints, world_size=2):
+        assert "holds a run with another config" in message
+        assert "training.precision" in message
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -1,16 +1,23 @@
-"""Every rank ends with the rows it needs, bit for bit, wherever they were held.
+"""Every rank ends with the rows it needs, bit for bit, wherever they were held; and how many bytes of a run cross between its models.
 
 Not covered: CUDA tensors over NCCL, and more than 4 ranks.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from opd_megatron.parallel.payload import deliver, plan_payload
+from opd_megatron.parallel.payload import Channel, deliver, plan_payload
+from tests.distributed.test_training import _config, _job, _metrics, _with_teacher, models
 from tests.pool import RankPool
+
+__all__ = ["models"]
 
 WIDTH = 3
 NUM_SAMPLES = 12
@@ -27,6 +34,9 @@ LAYOUTS = {
     "replicas to tensor pairs": (lambda i: [4 * i // NUM_SAMPLES], lambda i: [2 * (2 * i // NUM_SAMPLES), 2 * (2 * i // NUM_SAMPLES) + 1]),
     "tensor pairs to replicas": (lambda i: [2 * (2 * i // NUM_SAMPLES), 2 * (2 * i // NUM_SAMPLES) + 1], lambda i: [4 * i // NUM_SAMPLES]),
     "last stage of TP2xPP2 to the first": (lambda i: [2, 3], lambda i: [0, 1]),
+    "one to a tensor group of three": (lambda i: [0], lambda i: [1, 2, 3]),
+    "two, one of them in the tensor group of three": (lambda i: [i % 2, 3] if i % 3 else [0], lambda i: [1, 2, 3]),
+    "context parts to a tensor pair": (lambda i: [i % 2], lambda i: [2, 3]),
     "nobody": (lambda i: [i % 4], lambda i: []),
 }
 
@@ -36,13 +46,20 @@ def _rows_of(sample: int, num_rows: int) -> torch.Tensor:
     return (sample * 20 + torch.arange(num_rows)[:, None] * WIDTH + torch.arange(WIDTH)).float().remainder(251)
 
 
+def _own_group(needers: list[list[int]]) -> dist.ProcessGroup | None:
+    """Create the tensor groups among the needers; return this rank's."""
+    groups = {tuple(ranks): dist.new_group(ranks) for ranks in sorted({tuple(ranks) for ranks in needers}) if len(ranks) > 1}
+    return next((group for ranks, group in groups.items() if dist.get_rank() in ranks), None)
+
+
 def _exchange(holders: list[list[int]], needers: list[list[int]], rows: list[int], max_rows: int, dtype: torch.dtype, reverse: bool) -> list[int]:
     """Deliver, compare with what was held, and return the samples this rank got."""
     rank = dist.get_rank()
     held = {sample: _rows_of(sample, rows[sample]) for sample, having in enumerate(holders) if rank in having}
     needed = [sample for sample, needing in enumerate(needers) if rank in needing][:: -1 if reverse else 1]
     plan = plan_payload(holders, needers, rows, max_rows=max_rows)
-    got = deliver(plan, held, needed, width=WIDTH, dtype=dtype, device=torch.device("cpu"))
+    channel = Channel(width=WIDTH, dtype=dtype, device=torch.device("cpu"), tp_group=_own_group(needers))
+    got = deliver(plan, held, needed, channel)
     for sample, tensor in zip(needed, got, strict=True):
         assert tensor.dtype == dtype
         assert torch.equal(tensor, _rows_of(sample, rows[sample]).to(dtype)), sample
@@ -71,3 +88,29 @@ def test_a_sample_without_rows_arrives_empty(pool: RankPool) -> None:
 def test_a_sample_without_rows_stays_empty_where_it_is_held(pool: RankPool) -> None:
     holders = [[i % 4] for i in range(8)]
     pool.run(_exchange, holders, holders, [2, 2, 2, 2, 0, 0, 0, 0], 4, torch.float32, False)
+
+
+# Student, teacher, ranks; how often every row crosses to the student's tensor group, and how often it is sent inside.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, int]] = {
+    "TP2, one rank of the teacher's own": ({"tensor": 2}, {"own": 1}, 3, 1, 1),
+    "TP2, TP2 of the teacher's own": ({"tensor": 2}, {"own": 2, "tensor": 2}, 4, 1, 1),
+    "TP2+SP, PP2 of the teacher's own": ({"tensor": 2, "sequence": True}, {"own": 2, "pipeline": 2}, 4, 1, 1),
+    "CP2, CP2 of the teacher's own": ({"context": 2}, {"own": 2, "context": 2}, 4, 1, 0),
+    "TP2, teacher TP2 on its ranks": ({"tensor": 2}, {"tensor": 2}, 2, 0, 0),
+    "TP2, a half of the teacher on each of its ranks": ({"tensor": 2}, {}, 2, 0, 1),
+}
+
+
+@pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("name", RUNS)
+def test_one_copy_of_the_hidden_states_crosses(models: Path, pool: RankPool, tmp_path: Path, name: str, precision: str, itemsize: int) -> None:
+    student, teacher, world_size, crossings, sent_inside = RUNS[name]
+    config = _with_teacher(_config(models, **student), **teacher)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1, precision=precision))
+    pool.run(_job, config, tmp_path / "run", world_size=world_size)
+    (step,) = _metrics(tmp_path / "run")
+    row_bytes = itemsize * 96
+    assert step["payload_bytes_per_token"] == crossings * row_bytes
+    # Shares are made even with less than a row a rank: here one row in all, where something crosses to two ranks.
+    padding = step["payload_gathered_bytes_per_token"] / row_bytes - sent_inside
+    assert 0 <= padding * step["response_tokens"] <= crossings * sent_inside + 1e-6

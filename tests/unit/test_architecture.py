@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from opd_megatron.config import ParallelLayout
 from opd_megatron.models.architecture import Experts, Rope, parse_architecture
 from opd_megatron.models.gpt import inverse_frequencies
 from tests.model_configs import FAMILIES, LLAMA3, SIZES, architecture_of, config_of, refusal
@@ -177,43 +178,54 @@ def test_harmless_fields_of_published_configs_are_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "size", "parts"),
+    ("layout", "parts"),
     [
-        ("tensor", 8, ["4 key-value heads", "[1, 2, 4]"]),
-        ("tensor", 3, ["8 attention heads", "[1, 2, 4, 8]"]),
-        ("pipeline", 3, ["2 layers", "[1, 2]"]),
+        ({"tensor": 8}, ["tensor=8", "4 key-value heads", "[1, 2, 4]"]),
+        ({"tensor": 3}, ["tensor=3", "8 attention heads", "[1, 2, 4, 8]"]),
+        ({"pipeline": 3}, ["pipeline=3", "2 layers", "[1, 2]"]),
     ],
 )
-def test_a_layout_that_does_not_divide_the_model_is_refused(axis: str, size: int, parts: list[str]) -> None:
-    sizes = {"tensor": 1, "pipeline": 1, "expert": 1, axis: size}
-    with pytest.raises(ValueError) as caught:
-        architecture_of().check_layout("teacher", **sizes)
-    assert f"teacher.layout.{axis}={size} does not divide the teacher's {parts[0]}; use one of {parts[1]}" in str(caught.value)
+def test_a_layout_that_does_not_divide_the_model_is_refused(layout: dict[str, int], parts: list[str]) -> None:
+    message = refusal(architecture_of().check_layout, "teacher", ParallelLayout(**layout))
+    assert f"teacher.layout.{parts[0]} does not divide the teacher's {parts[1]}; use one of {parts[2]}" in message
+
+
+def test_virtual_stages_divide_the_layers_of_a_stage() -> None:
+    deep = architecture_of(num_hidden_layers=12)
+    for pipeline, virtual in ((1, 1), (2, 1), (2, 2), (2, 3), (2, 6), (3, 4)):
+        deep.check_layout("student", ParallelLayout(pipeline=pipeline, virtual=virtual))
+    message = refusal(deep.check_layout, "student", ParallelLayout(pipeline=3, virtual=3))
+    assert "student.layout.virtual=3 does not divide the student's 4 layers of a stage (layout.pipeline=3); use one of [1, 2, 4]" in message
 
 
 def test_feed_forward_columns_must_divide_too() -> None:
-    with pytest.raises(ValueError, match="90 feed-forward columns"):
-        architecture_of(intermediate_size=90).check_layout("student", tensor=4, pipeline=1, expert=1)
+    assert "90 feed-forward columns" in refusal(architecture_of(intermediate_size=90).check_layout, "student", ParallelLayout(tensor=4))
 
 
-def test_experts_divide_over_expert_parallelism_and_stay_whole_under_tensor_parallelism() -> None:
+def test_experts_and_their_columns_divide_over_axes_of_their_own() -> None:
     mixture = architecture_of("qwen3_moe", **MIXTURE, intermediate_size=90)
-    mixture.check_layout("student", tensor=4, pipeline=2, expert=4)
-    with pytest.raises(ValueError, match=r"teacher.layout.expert=8 does not divide the teacher's 12 experts; use one of \[1, 2, 3, 4, 6, 12\]"):
-        mixture.check_layout("teacher", tensor=1, pipeline=1, expert=8)
-    with pytest.raises(ValueError, match=r"student.layout.expert=2 spreads experts, and the student is a dense llama model without any; use 1"):
-        architecture_of().check_layout("student", tensor=1, pipeline=1, expert=2)
-    with pytest.raises(ValueError, match=r"teacher.layout.expert_tensor=2 is not supported: an expert stays whole on its rank; use 1 and a larger expert"):
-        mixture.check_layout("teacher", tensor=2, pipeline=1, expert_tensor=2)
+    mixture.check_layout("student", ParallelLayout(tensor=4, pipeline=2, expert=4))
+    mixture.check_layout("teacher", ParallelLayout(tensor=2, expert=3, expert_tensor=8))
+    message = refusal(mixture.check_layout, "teacher", ParallelLayout(expert=8))
+    assert "teacher.layout.expert=8 does not divide the teacher's 12 experts; use one of [1, 2, 3, 4, 6, 12]" in message
+    message = refusal(mixture.check_layout, "teacher", ParallelLayout(tensor=2, expert_tensor=3))
+    assert "teacher.layout.expert_tensor=3 does not divide the teacher's 40 columns of an expert; use one of [1, 2, 4, 5, 8, 10, 20, 40]" in message
+
+
+@pytest.mark.parametrize("axis", ["expert", "expert_tensor"])
+def test_a_dense_model_has_no_experts_to_spread(axis: str) -> None:
+    message = refusal(architecture_of().check_layout, "student", ParallelLayout(**{axis: 2}))
+    assert f"student.layout.{axis}=2 spreads experts, and the student is a dense llama model without any; use 1" in message
 
 
 def test_a_mixture_trains_under_tensor_parallelism_only_with_sequence_parallelism() -> None:
     mixture = architecture_of("qwen3_moe")
-    with pytest.raises(ValueError, match=r"student.layout.tensor=2 .*; set student.layout.sequence=true, or tensor=1"):
-        mixture.check_training("student", tensor=2, sequence=False)
-    mixture.check_training("student", tensor=2, sequence=True)
-    mixture.check_training("student", tensor=1, sequence=False)
-    architecture_of().check_training("student", tensor=2, sequence=False)
+    message = refusal(mixture.check_training, "student", ParallelLayout(tensor=2))
+    assert "student.layout.tensor=2 " in message
+    assert message.endswith("; set student.layout.sequence=true, or tensor=1")
+    mixture.check_training("student", ParallelLayout(tensor=2, sequence=True))
+    mixture.check_training("student", ParallelLayout())
+    architecture_of().check_training("student", ParallelLayout(tensor=2))
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 3, 4])

@@ -83,6 +83,15 @@ def test_a_shard_of_another_length_is_refused(sharded: Path, keep: str) -> None:
     assert "download it again" in message
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")], ids=lambda value: str(value))
+def test_quantized_weights_are_refused_also_without_a_quantization_config(folder: Path, dtype: torch.dtype, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(open_hf_folder, folder)
+    assert f"{folder / 'model.safetensors'} stores 'model.layers.1.mlp.up_proj.weight' as {name}, and only unquantized weights are supported" in message
+
+
 @pytest.mark.parametrize("content", [b"<html>404 Not Found</html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x08\0\0\0\0\0\0\0not json"])
 def test_a_file_that_is_no_safetensors_is_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)

@@ -224,7 +224,7 @@ def test_experts_are_refused_where_they_cannot_train_or_be_spread(tmp_path: Path
     mixture = write_tiny_model(tmp_path / "mixture", "qwen3_moe")
     wrong = {
         "student.layout.tensor=2": "trains a mixture of experts only under sequence parallelism.*set student.layout.sequence=true, or tensor=1",
-        "student.layout.expert=2 student.layout.expert_tensor=2": "student.layout.expert_tensor=2 is not supported",
+        "student.layout.sequence=true student.layout.expert_tensor=3": r"student.layout: expert\*expert_tensor=3 does not divide the 4 ranks",
         "student.layout.sequence=true teacher.layout.expert=2": "teacher.layout.expert=2 spreads experts, and the teacher is a dense qwen3 model",
     }
     for layout, message in wrong.items():

@@ -47,6 +47,39 @@ def test_stored_rotary_buffers_are_passed_over(folder: Path) -> None:
         assert f"1 tensors are unknown to a qwen3 model, first '{name}'" in refusal(lambda: open_weights(hf=str(folder)))
 
 
+def _store_in_several_dtypes(folder: Path) -> dict[str, torch.Tensor]:
+    """Keep some of a folder's tensors in 16 bits; return all as they are then."""
+    shorter = {"k_proj": torch.bfloat16, "up_proj": torch.float16, "experts.3.": torch.bfloat16, "experts.2.down": torch.float16, "norm": torch.bfloat16}
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(next((dtype for part, dtype in shorter.items() if part in name), torch.float32))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.v_proj.weight"):
+        # With the key projection in bf16: two dtypes in one tensor, neither of which holds the values of the other.
+        tensors[name] = tensors[name].half()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_folder_of_several_dtypes_is_read_without_a_loss(tmp_path: Path, family: str) -> None:
+    folder = write_tiny_model(tmp_path / "hf", family, num_hidden_layers=2)
+    tensors = _store_in_several_dtypes(folder)
+    assert len({tensor.dtype for tensor in tensors.values()}) == 3
+    source = open_weights(hf=str(folder))
+    rows = weight_map(source.architecture)
+    # A distributed checkpoint has one dtype for a tensor, whichever of its parts come from where.
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for row in rows:
+        tensor = source.read(row)
+        dtypes.setdefault(row.megatron, set()).add(tensor.dtype)
+        for name, part in to_hf(row, tensor, source.architecture).items():
+            assert torch.equal(part.double(), tensors[name].double()), name
+    assert all(len(of_one) == 1 for of_one in dtypes.values())
+    # What is alone in its tensor keeps its dtype; bf16 and fp16 together need fp32.
+    assert dtypes["decoder.final_layernorm.weight"] == {torch.bfloat16}
+    assert dtypes["decoder.layers.0.self_attention.linear_qkv.weight"] == {torch.float32}
+
+
 def test_a_tied_head_may_be_stored_a_second_time_and_an_untied_one_must_be_there(tmp_path: Path) -> None:
     tied = write_tiny_model(tmp_path / "tied", "qwen2", tied=True, num_hidden_layers=1)
     tensors = load_file(tied / "model.safetensors")
