@@ -14,7 +14,6 @@ from opd_megatron.data.batches import Sample
 from opd_megatron.data.prompts import Prompt
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.teacher import Teacher
-from opd_megatron.training.batching import make_micro_batches
 from opd_megatron.training.objective import Objective
 from opd_megatron.training.student import Student
 
@@ -32,7 +31,7 @@ def check_self_divergence(student: Student, own_weights: Teacher, objective: Obj
     usable = [prompt for prompt in prompts if len(prompt.ids) > 1] or prompts
     chosen = [usable[index % len(usable)] for index in range(count)]
     rollouts = Rollouts(tuple(_halved(prompt) for prompt in chosen), policy_version=0)
-    sums = student.measure(make_micro_batches(student, rollouts, own_weights.score(rollouts)), objective)
+    sums = student.measure(student.micro_batches(rollouts, own_weights.score(rollouts)), objective)
     divergence = sums.per_token(sums.divergence)
     tolerance = _TOLERANCE[own_weights.dtype]
     if not math.isfinite(divergence) or abs(divergence) > tolerance:

@@ -27,6 +27,9 @@ from opd_megatron.models.weights import WeightSource, load_model
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.offload import Offloaded
 from opd_megatron.parallel.world import shared_errors
+from opd_megatron.rollout.rollouts import Rollouts
+from opd_megatron.teacher.teacher import TeacherRows
+from opd_megatron.training.batching import MicroBatches
 from opd_megatron.training.objective import MicroBatch, Objective
 from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm, optimizer_state
 
@@ -101,12 +104,16 @@ class Student:
         for chunk in self.ddp:
             chunk.offload_grad_buffers()
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> tuple[LossSums, float, bool]:
+    def micro_batches(self, rollouts: Rollouts, teacher: TeacherRows | None) -> MicroBatches:
+        """Return this replica's share of a step."""
+        return MicroBatches(rollouts=rollouts, plan=self.batches.plan(rollouts.num_tokens), groups=self.groups, teacher=teacher, device=self.device)
+
+    def train_step(self, micro_batches: MicroBatches, objective: Objective) -> tuple[LossSums, float, bool]:
         """Return (sums, gradient norm, updated). A loss or gradient that is not finite changes no weight; all ranks decide alike."""
         with self.optimizer_on_device():
             return self._update(micro_batches, objective)
 
-    def _update(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> tuple[LossSums, float, bool]:
+    def _update(self, micro_batches: MicroBatches, objective: Objective) -> tuple[LossSums, float, bool]:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -119,7 +126,7 @@ class Student:
             clip_and_update(self.optimizer, norm)
         return sums, norm, healthy
 
-    def measure(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> LossSums:
+    def measure(self, micro_batches: MicroBatches, objective: Objective) -> LossSums:
         """Return the sums without gradients or update."""
         self.model.eval()
         try:
@@ -132,7 +139,7 @@ class Student:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _run_schedule(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, forward_only: bool) -> LossSums:
+    def _run_schedule(self, micro_batches: MicroBatches, objective: Objective, *, forward_only: bool) -> LossSums:
         """Run Megatron's pipeline schedule over this replica's micro-batches and add up the sums of the whole world."""
 
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -147,14 +154,13 @@ class Student:
                 output = model(tokens_BS, positions_BS, None, packed_seq_params=packed_sequences(batch.sequences) if batch.packed else None, **keep_dtype)
             return output, lambda hidden_BSH: self._loss(hidden_BSH, micro_batch, objective)
 
-        num_rows, length = micro_batches[0].batch.tokens_BS.shape
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(micro_batches) for _ in self.ddp],
             model=self.ddp,
             num_microbatches=len(micro_batches),
-            seq_length=length * self.groups.layout.context,
-            micro_batch_size=num_rows,
+            seq_length=micro_batches.plan.row_length,
+            micro_batch_size=micro_batches.plan.num_rows,
             forward_only=forward_only,
         )
         forget_routes(self.model)

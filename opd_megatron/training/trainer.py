@@ -15,7 +15,6 @@ from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptSet
 from opd_megatron.parallel.offload import peak_bytes, start_peak
 from opd_megatron.rollout.rollouts import Rollouts
-from opd_megatron.training.batching import make_micro_batches
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.recorder import Recorder
@@ -91,8 +90,9 @@ class Trainer:
         with self._measured("teacher"):
             teacher_rows = self.teacher.fetch() if self.teacher is not None else None
         self._ahead = self._write(step + 1) if self._writes_ahead and step < self.config.training.steps else None
+        micro_batches = self.student.micro_batches(rollouts, teacher_rows)
         with self._measured("train"):
-            sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_rows), self.objective)
+            sums, norm, updated = self.student.train_step(micro_batches, self.objective)
         self._advance(step, updated, sums.loss, norm)
         return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started)}
 

@@ -286,7 +286,6 @@ def sent_messages(config: RunConfig) -> dict[str, dict[str, int]]:
     """Return how many messages of each kind this rank sends while it writes, scores and trains."""
     from opd_megatron.rollout.engine import Sampler
     from opd_megatron.rollout.sampling import SamplingSettings
-    from opd_megatron.training.batching import make_micro_batches
     from opd_megatron.training.objective import Distillation
 
     student, teacher = build(config)
@@ -300,7 +299,7 @@ def sent_messages(config: RunConfig) -> dict[str, dict[str, int]]:
     return {
         "rollout": counted(lambda: sampler.generate([sample.prompt_ids.tolist() for sample in share], [(i,) for i in range(len(share))], settings)),
         "teacher": counted(lambda: scores.append(teacher.score(rollouts))),
-        "train": counted(lambda: student.train_step(make_micro_batches(student, rollouts, scores[0]), objective)),
+        "train": counted(lambda: student.train_step(student.micro_batches(rollouts, scores[0]), objective)),
     }
 
 
