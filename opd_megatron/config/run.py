@@ -19,6 +19,7 @@ class ParallelLayout:
 
     tensor: int = 1
     pipeline: int = 1
+    # Chunks of layers that one pipeline rank holds, each `pipeline` chunks further on: shorter bubbles, more messages.
     virtual: int = 1
     context: int = 1
     expert: int = 1
@@ -30,7 +31,7 @@ class ParallelLayout:
         for name in ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor"):
             size = getattr(self, name)
             _require(size >= 1, f"layout.{name}={size} must be at least 1")
-        _require(self.virtual == 1, f"layout.virtual={self.virtual} is not supported yet; leave it at 1 and use pipeline")
+        _require(self.virtual == 1 or self.pipeline > 1, f"layout.virtual={self.virtual} cuts pipeline stages into chunks; it needs layout.pipeline > 1")
         _require(not self.sequence or self.tensor > 1, f"layout.sequence=true needs layout.tensor > 1, got tensor={self.tensor}")
 
     @property
@@ -41,6 +42,11 @@ class ParallelLayout:
     def replicas_share_experts(self) -> bool:
         """Whether a token's experts may be on ranks of another replica or context part."""
         return self.expert > 1 or self.tensor % self.expert_tensor > 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of every sequence must be a multiple of: two chunks for each context rank."""
+        return 2 * self.context if self.context > 1 else 1
 
     def data_size(self, world_size: int) -> int:
         """Return how many replicas fit, or say which product does not divide the world."""
@@ -55,11 +61,19 @@ class ParallelLayout:
             raise ValueError(f"expert*expert_tensor={experts} does not divide the {stage} ranks of a pipeline stage; use an expert size of {fits}")
         return world_size // size
 
+    def check_ranks(self, role: str, num_ranks: int) -> None:
+        """Raise ValueError, naming the model, unless replicas of it fill `num_ranks` ranks."""
+        try:
+            self.data_size(num_ranks)
+        except ValueError as error:
+            raise ValueError(f"{role}.layout: {error}") from None
+
     def describe(self) -> str:
         """Return a short label, e.g. `TP2xPP2+SP`."""
         context = f"xCP{self.context}" if self.context > 1 else ""
         expert = (f"xEP{self.expert}" if self.expert > 1 else "") + (f"xETP{self.expert_tensor}" if self.expert_tensor > 1 else "")
-        return f"TP{self.tensor}xPP{self.pipeline}{context}{expert}" + ("+SP" if self.sequence else "")
+        virtual = f"xVPP{self.virtual}" if self.virtual > 1 else ""
+        return f"TP{self.tensor}xPP{self.pipeline}{virtual}{context}{expert}" + ("+SP" if self.sequence else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +119,7 @@ class TeacherConfig:
         _require(self.num_ranks is None or self.num_ranks >= 1, f"teacher.num_ranks={self.num_ranks} must be at least 1")
         _require(self.staleness in (0, 1), f"teacher.staleness={self.staleness} must be 0 or 1")
         _require(dedicated or self.staleness == 0, f"teacher.staleness={self.staleness} needs teacher.placement=dedicated: else nothing runs side by side")
+        _require(self.layout.virtual == 1, f"teacher.layout.virtual={self.layout.virtual} is of no use: it shortens the bubbles of a backward; set it to 1")
         _require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
 
 
@@ -208,7 +223,10 @@ class TrainingConfig:
 
     objective: Literal["opd", "sft"] = "opd"
     steps: int = 100
+    # Sequences of one micro-batch, padded to the longest of the step.
     micro_batch: int = 1
+    # Pack sequences into micro-batches of at most this many tokens, evenly filled, in place of padding; null packs nothing.
+    micro_batch_tokens: int | None = None
     learning_rate: float = 1e-6
     min_learning_rate: float = 0.0
     warmup_steps: int = 0
@@ -218,6 +236,8 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     clip_grad: float = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
+    # full: keep the inputs of layers only, and compute each layer again in the backward (Megatron's uniform recomputation).
+    recompute: Literal["none", "full"] = "none"
     # Keep optimizer state on the host, and no gradient buffers, while the student writes and the teacher scores.
     offload_optimizer: bool = False
     # A step whose loss or gradient is not finite changes nothing; this many in a row end the run.
@@ -226,6 +246,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"training.steps={self.steps} must be at least 1")
         _require(self.micro_batch >= 1, f"training.micro_batch={self.micro_batch} must be at least 1")
+        limit = self.micro_batch_tokens
+        _require(limit is None or limit >= 1, f"training.micro_batch_tokens={limit} must be at least 1, or null for no packing")
+        _require(
+            limit is None or self.micro_batch == 1,
+            f"training.micro_batch={self.micro_batch} is without effect under training.micro_batch_tokens; leave it at 1",
+        )
         _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, f"training.learning_rate={self.learning_rate} must be positive")
         _require(
             0 <= self.min_learning_rate <= self.learning_rate,
@@ -308,6 +334,13 @@ class RunConfig:
                 self.rollout.temperature > 0 or bool(self.rollout.replay),
                 "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature",
             )
+            limit, multiple = self.training.micro_batch_tokens, self.student.layout.sequence_multiple
+            longest = -(-(self.data.max_prompt_tokens + self.rollout.max_response_tokens) // multiple) * multiple
+            _require(
+                limit is None or longest <= limit,
+                f"training.micro_batch_tokens={limit} does not hold one sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; "
+                "raise it, or shorten one of them",
+            )
 
     @property
     def num_sequences(self) -> int:
@@ -320,33 +353,13 @@ class RunConfig:
         return (self.teacher.num_ranks or 0) if self.teacher is not None and self.training.objective == "opd" else 0
 
     def check_world(self, world_size: int) -> None:
-        """Raise ValueError unless both layouts and the batch fit `world_size` ranks."""
+        """Raise ValueError unless both layouts fit `world_size` ranks."""
         own = self.num_teacher_ranks
         _require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
-        self.check_student_ranks(world_size - own)
-        self.check_teacher_ranks(own or world_size)
-
-    def check_student_ranks(self, num_ranks: int) -> None:
-        """Raise ValueError unless the student's layout and the batch fit `num_ranks` ranks."""
-        data_size = _data_size("student", self.student.layout, num_ranks)
-        _require(
-            self.num_sequences % (data_size * self.training.micro_batch) == 0,
-            f"data.batch_prompts * rollout.samples_per_prompt = {self.num_sequences} sequences a step do not split evenly over "
-            f"{data_size} data-parallel replicas x training.micro_batch={self.training.micro_batch}; change one of them",
-        )
-
-    def check_teacher_ranks(self, num_ranks: int) -> None:
-        """Raise ValueError unless the teacher's layout, where there is one, fits `num_ranks` ranks."""
-        if self.teacher is not None:
-            _data_size("teacher", self.teacher.layout, num_ranks)
+        for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
+            if model is not None:
+                model.layout.check_ranks(role, num_ranks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
         return asdict(self)
-
-
-def _data_size(role: str, layout: ParallelLayout, num_ranks: int) -> int:
-    try:
-        return layout.data_size(num_ranks)
-    except ValueError as error:
-        raise ValueError(f"{role}.layout: {error}") from None

@@ -72,8 +72,6 @@ class Architecture:
             for axis, size in (("expert", layout.expert), ("expert_tensor", layout.expert_tensor)):
                 if size > 1:
                     raise ValueError(f"{role}.layout.{axis}={size} spreads experts, and the {role} is a dense {self.family} model without any; use 1")
-        if layout.virtual > 1 and layout.pipeline == 1:
-            raise ValueError(f"{role}.layout.virtual={layout.virtual} cuts pipeline stages anew, and {role}.layout.pipeline=1 has none; use virtual=1")
         for what, count, axis, size in (
             ("attention heads", self.num_heads, "tensor", layout.tensor),
             ("key-value heads", self.num_kv_heads, "tensor", layout.tensor),

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opd_megatron.config import RunConfig, TeacherConfig
-from opd_megatron.models.gpt import DTYPES, build_gpt
+from opd_megatron.models.gpt import DTYPES, ModelChunks, build_gpt
 from opd_megatron.parallel.cpu import enable_cpu_backend
 from opd_megatron.parallel.groups import ModelGroups, forget_student_groups, student_groups, teacher_groups
 from opd_megatron.planning.architectures import KnownModel
@@ -25,7 +24,7 @@ class PlannedModel:
 
     known: KnownModel
     groups: ModelGroups
-    model: GPTModel
+    model: ModelChunks
     dtype: torch.dtype
 
     @property
@@ -35,7 +34,7 @@ class PlannedModel:
     @property
     def num_layers(self) -> int:
         """Layers of this rank's pipeline stage."""
-        return len(self.model.decoder.layers)
+        return sum(len(chunk.decoder.layers) for chunk in self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ class StepShape:
 
     @property
     def num_micro_batches(self) -> int:
-        return self.share_of(self.rank.student) // self.rank.config.training.micro_batch
+        return -(-self.share_of(self.rank.student) // self.rank.config.training.micro_batch)
 
     @property
     def num_in_flight(self) -> int:

@@ -71,7 +71,7 @@ def _loaded(folder: Path, precision: Literal["bf16", "fp32"], as_teacher: bool) 
     groups = teacher_groups(ParallelLayout()) if as_teacher else student_groups(ParallelLayout(), seed=1)
     model = build_gpt(source.architecture, groups, precision=precision, vocab_multiple=1)
     load_model(model, groups, source, vocab_multiple=1)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach() for name, parameter in named_global_parameters(model, source.architecture)}
 
 
 @pytest.mark.parametrize("as_teacher", [False, True], ids=["student", "teacher"])
@@ -102,7 +102,7 @@ def _through_layout(folder: Path, out: Path, layout: ParallelLayout, vocab_multi
         checkpoint.mkdir()
     dist.barrier()
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.collection.dp_cp}
-    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(checkpoint))
+    dist_checkpointing.save(model.last.sharded_state_dict(metadata=metadata), str(checkpoint))
     if dist.get_rank() == 0:
         copy_assets(source.assets, checkpoint / "huggingface")
         export_hf(open_weights(checkpoint=str(checkpoint)), out)

@@ -26,6 +26,7 @@ from opd_megatron.config import (
     TrainingConfig,
     apply_overrides,
 )
+from opd_megatron.parallel.layout import replica_share
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -114,7 +115,7 @@ def held_bytes(config: RunConfig) -> dict[str, int]:
     teacher.score(longest_rollouts(config))
     prime_adam(student.optimizer)
     weights = storages(student.model.parameters())
-    gradients = storages(buffer.grad_data for buffer in student.ddp.buffers)
+    gradients = storages(buffer.grad_data for chunk in student.ddp for buffer in chunk.buffers)
     optimizer = storages(optimizer_state(student.optimizer))
     return {
         "weights": sum(weights.values()),
@@ -166,7 +167,7 @@ def bytes_inside_and_outside(config: RunConfig) -> dict[str, tuple[int, int]]:
 
     def now() -> dict[str, int]:
         kinds = {
-            "gradients": [buffer.grad_data for buffer in student.ddp.buffers],
+            "gradients": [buffer.grad_data for chunk in student.ddp for buffer in chunk.buffers],
             "optimizer": optimizer_state(student.optimizer),
             "teacher weights": list(teacher.scorer.model.parameters()),
         }
@@ -218,7 +219,7 @@ def saved_bytes(config: RunConfig) -> int:
     usual, RMSNorm.forward = RMSNorm.forward, lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), hidden_states_only(model):
-            model(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
+            model.last(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
     finally:
         RMSNorm.forward = usual
     # Matrices are no activations: weights, token ids, and the mask that attention over context ranks needs on CPU (flash attention needs none).
@@ -293,13 +294,13 @@ def sent_messages(config: RunConfig) -> dict[str, dict[str, int]]:
     # Without an end-of-sequence token every response reaches its limit.
     sampler = Sampler(student.model, student.groups, vocab_size=263, eos_ids=(), batch_sequences=config.rollout.batch_sequences)
     objective = Distillation(loss=config.loss, vocab_size=263, tp_group=student.groups.collection.tp, teacher_head_WG=teacher.head_WG)
-    share = [rollouts.samples[index] for index in rollouts.share(student.groups.data_rank, student.groups.data_size)]
+    share = [rollouts.samples[index] for index in replica_share(len(rollouts.samples), student.groups.data_rank, student.groups.data_size)]
     settings = SamplingSettings(max_response_tokens=config.rollout.max_response_tokens)
-    hidden: dict[int, torch.Tensor] = {}
+    scores: list[Any] = []
     return {
         "rollout": counted(lambda: sampler.generate([sample.prompt_ids.tolist() for sample in share], [(i,) for i in range(len(share))], settings)),
-        "teacher": counted(lambda: hidden.update(teacher.score(rollouts))),
-        "train": counted(lambda: student.train_step(make_micro_batches(student, rollouts, hidden), objective)),
+        "teacher": counted(lambda: scores.append(teacher.score(rollouts))),
+        "train": counted(lambda: student.train_step(make_micro_batches(student, rollouts, scores[0]), objective)),
     }
 
 
