@@ -39,14 +39,14 @@ class ParallelLayout:
         return self.tensor * self.pipeline * self.context
 
     @property
-    def sequence_multiple(self) -> int:
-        """What the length of every sequence must be a multiple of: two chunks for each context rank."""
-        return 2 * self.context if self.context > 1 else 1
-
-    @property
     def replicas_share_experts(self) -> bool:
         """Whether a token's experts may be on ranks of another replica or context part."""
         return self.expert > 1 or self.tensor % self.expert_tensor > 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of every sequence must be a multiple of: two chunks for each context rank."""
+        return 2 * self.context if self.context > 1 else 1
 
     def data_size(self, world_size: int) -> int:
         """Return how many replicas fit, or say which product does not divide the world."""
@@ -60,6 +60,13 @@ class ParallelLayout:
             fits = [expert for expert in range(1, stage + 1) if stage % (expert * self.expert_tensor) == 0]
             raise ValueError(f"expert*expert_tensor={experts} does not divide the {stage} ranks of a pipeline stage; use an expert size of {fits}")
         return world_size // size
+
+    def check_ranks(self, role: str, num_ranks: int) -> None:
+        """Raise ValueError, naming the model, unless replicas of it fill `num_ranks` ranks."""
+        try:
+            self.data_size(num_ranks)
+        except ValueError as error:
+            raise ValueError(f"{role}.layout: {error}") from None
 
     def describe(self) -> str:
         """Return a short label, e.g. `TP2xPP2+SP`."""
@@ -349,25 +356,10 @@ class RunConfig:
         """Raise ValueError unless both layouts fit `world_size` ranks."""
         own = self.num_teacher_ranks
         _require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
-        self.check_student_ranks(world_size - own)
-        self.check_teacher_ranks(own or world_size)
-
-    def check_student_ranks(self, num_ranks: int) -> None:
-        """Raise ValueError unless the student's layout fits `num_ranks` ranks."""
-        _data_size("student", self.student.layout, num_ranks)
-
-    def check_teacher_ranks(self, num_ranks: int) -> None:
-        """Raise ValueError unless the teacher's layout, where there is one, fits `num_ranks` ranks."""
-        if self.teacher is not None:
-            _data_size("teacher", self.teacher.layout, num_ranks)
+        for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
+            if model is not None:
+                model.layout.check_ranks(role, num_ranks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
         return asdict(self)
-
-
-def _data_size(role: str, layout: ParallelLayout, num_ranks: int) -> int:
-    try:
-        return layout.data_size(num_ranks)
-    except ValueError as error:
-        raise ValueError(f"{role}.layout: {error}") from None

@@ -86,7 +86,7 @@ class PayloadPlan:
         return sum(span.num_rows for gather in self._gathers() for share in gather.shares for span in share)
 
     def gathered_rows(self) -> int:
-        """Return the rows that ranks receive from their own tensor group: (t - 1) copies at most of each, and less than t rows a gather to make shares even."""
+        """Return the rows that ranks receive from their own tensor group: a copy for each rank but one, and what filled up shares: in a gather, less than t."""
         gathered = sum((len(gather.ranks) - 1) * gather.whole_rows for gather in self._gathers())
         return gathered + sum(transfer.num_rows for step in self.steps for transfer in step.transfers) - self.sent_rows()
 
@@ -104,10 +104,11 @@ def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[in
     for piece, (having, needing) in enumerate(zip(holders, needers, strict=True)):
         if num_rows[piece] == 0 or not needing:
             continue
-        inside = [rank for rank in needing if rank in having]
+        inside, lacking = [rank for rank in needing if rank in having], [rank for rank in needing if rank not in having]
         if not inside:
             crossing.setdefault(tuple(needing), []).append(piece)
-        for place, target in enumerate(rank for rank in needing if rank not in having and inside):
+            continue
+        for place, target in enumerate(lacking):
             copied.setdefault((inside[place % len(inside)], target), []).append(piece)
     copies = [
         [Transfer(source, target, tuple(Span(piece, 0, num_rows[piece]) for piece in pieces)) for pieces in _batches(all_pieces, num_rows, max_rows)]

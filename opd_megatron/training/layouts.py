@@ -23,7 +23,7 @@ class _Role:
 
 
 def check_layouts(config: RunConfig, world_size: int, student: Architecture | None, teacher: Architecture | None) -> None:
-    """Raise ValueError, with up to three layouts that would do, unless both models and the batch fit `world_size` ranks.
+    """Raise ValueError, with up to three layouts that would do, unless both models fit `world_size` ranks.
 
     An architecture that is None is not looked at.
     """
@@ -50,7 +50,8 @@ def _roles(config: RunConfig, world_size: int, student: Architecture | None, tea
 
 
 def _check_student(config: RunConfig, num_ranks: int, student: Architecture | None, layout: ParallelLayout) -> None:
-    replace(config, student=replace(config.student, layout=layout)).check_student_ranks(num_ranks)
+    # What the configuration itself says about it comes first.
+    replace(config, student=replace(config.student, layout=layout)).student.layout.check_ranks("student", num_ranks)
     if student is not None:
         student.check_layout("student", layout)
         student.check_training("student", layout)
@@ -58,7 +59,7 @@ def _check_student(config: RunConfig, num_ranks: int, student: Architecture | No
 
 def _check_teacher(config: RunConfig, num_ranks: int, student: Architecture | None, teacher: Architecture | None, layout: ParallelLayout) -> None:
     assert config.teacher is not None
-    replace(config, teacher=replace(config.teacher, layout=layout)).check_teacher_ranks(num_ranks)
+    replace(config.teacher, layout=layout).layout.check_ranks("teacher", num_ranks)
     if teacher is not None:
         teacher.check_layout("teacher", layout)
         if student is not None and config.teacher.self_test:

@@ -71,7 +71,7 @@ def _loaded(folder: Path, precision: Literal["bf16", "fp32"], as_teacher: bool) 
     groups = teacher_groups(ParallelLayout()) if as_teacher else student_groups(ParallelLayout(), seed=1)
     model = build_gpt(source.architecture, groups, precision=precision, vocab_multiple=1)
     load_model(model, groups, source, vocab_multiple=1)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach() for name, parameter in named_global_parameters(model, source.architecture)}
 
 
 @pytest.mark.parametrize("as_teacher", [False, True], ids=["student", "teacher"])

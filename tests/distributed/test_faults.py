@@ -214,8 +214,8 @@ LAYOUT_MISTAKES = {
     ),
     "heads": ("student.layout.tensor=4 student.layout.pipeline=1", "does not divide the student's 2 key-value heads"),
     "layers": ("student.layout.pipeline=4", "does not divide the student's 2 layers"),
-    "the batch": ("student.layout.pipeline=1 data.batch_prompts=12", "do not split evenly over 4 data-parallel replicas"),
-    "experts": ("student.hf={mixture} student.layout.expert=4 student.layout.pipeline=1 training.micro_batch=2", "does not divide the student's 6 experts"),
+    "virtual stages": ("student.layout.virtual=2", "does not divide the student's 1 layers of a stage"),
+    "experts": ("student.hf={mixture} student.layout.expert=4 student.layout.pipeline=1", "does not divide the student's 6 experts"),
 }
 
 
