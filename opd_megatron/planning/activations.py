@@ -4,6 +4,8 @@ The terms follow Korthikanti et al., "Reducing Activation Recomputation in Large
 counts the tensors that each operation of a layer saves and divides them by the tensor-parallel size t, those between the split parts only
 under sequence parallelism. Adapted to what the layers here do: SwiGLU in place of GeLU, grouped-query attention, flash attention (no scores,
 but a logarithm of their sum per head), RMSNorm on queries and keys, rotary embedding, no dropout, no recomputation.
+A mixture of experts is counted with balanced routing: every rank computes as many copies of tokens as it sends out. Left out: the last micro-batch's
+routes, which its dispatchers keep beside autograd (5 bytes a token, expert and layer).
 `tests/distributed/test_planning.py` compares the sum with what PyTorch saves.
 """
 
@@ -12,9 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_megatron.config import ParallelLayout
-from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.architecture import Architecture, Experts
 
 FP32_BYTES = 4
+# torch.topk and token indices are int64.
+_INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class ActivationTerm:
 
 def layer_activations(architecture: Architecture, layout: ParallelLayout, *, itemsize: int, micro_batch: int) -> list[ActivationTerm]:
     """Return what one layer saves for one token of a micro-batch: h hidden, f feed-forward, a heads and g key-value heads of size d, t tensor."""
-    hidden, ffn, tensor = architecture.hidden_size, architecture.ffn_hidden_size / layout.tensor, layout.tensor
+    hidden, tensor = architecture.hidden_size, layout.tensor
     heads, kv_heads, head_dim = architecture.num_heads / tensor, architecture.num_kv_heads / tensor, architecture.head_dim
     whole = tensor if layout.sequence else 1
     # With one key-value head a rank the queries of the fused projection are contiguous; otherwise they are copied out of it.
@@ -37,7 +41,7 @@ def layer_activations(architecture: Architecture, layout: ParallelLayout, *, ite
     projected_heads = heads + 2 * kv_heads if layout.context == 1 or architecture.qk_norm else 0
     return [
         ActivationTerm(2 * itemsize * hidden / whole, "inputs of both norms: 2h"),
-        ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection: 2h"),
+        ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection, or of the router: 2h"),
         ActivationTerm(itemsize * projected_heads * head_dim, "queries, keys and values as projected: (a + 2g) d / t"),
         ActivationTerm(itemsize * copied_heads * head_dim, "queries again, as their norm reads them: a d / t"),
         *_attention(heads * head_dim, kv_heads * head_dim, layout.context, itemsize),
@@ -45,8 +49,7 @@ def layer_activations(architecture: Architecture, layout: ParallelLayout, *, ite
         ActivationTerm(FP32_BYTES * (2 / whole + normed_heads), "one fp32 number of every norm"),
         # One row per position, whatever the number of sequences.
         ActivationTerm(4 * itemsize * head_dim / micro_batch, "cosines and sines of the rotation of queries and of keys: 4d a position"),
-        # Megatron-Core adds an offset of 0 to the up projection, which copies it.
-        ActivationTerm(5 * itemsize * ffn, "gate and up, silu of gate, up plus its offset, their product: 5f / t"),
+        *(_experts(architecture.experts, hidden, whole, itemsize) if architecture.experts else _feed_forward(architecture.ffn_hidden_size / tensor, itemsize)),
     ]
 
 
@@ -64,6 +67,25 @@ def _attention(query_width: float, key_width: float, context: int, itemsize: int
     ]
 
 
+def _feed_forward(ffn: float, itemsize: int) -> list[ActivationTerm]:
+    # Megatron-Core adds an offset of 0 to the up projection, which copies it.
+    return [ActivationTerm(5 * itemsize * ffn, "gate and up, silu of gate, up plus its offset, their product: 5f / t")]
+
+
+def _experts(experts: Experts, hidden: int, whole: int, itemsize: int) -> list[ActivationTerm]:
+    """Return what a router and its experts keep of one token, which k of E experts of width f see; split over ranks as the sequence is."""
+    chosen, num_experts, ffn = experts.experts_per_token, experts.num_experts, experts.ffn_hidden_size
+    # The softmax is over the chosen experts, or over all where their weights are not scaled to a sum of one.
+    weighed = chosen if experts.norm_topk_prob else num_experts
+    return [
+        ActivationTerm((_INDEX_BYTES * chosen + FP32_BYTES * weighed) / whole, "router: ids of the chosen experts, softmax in fp32"),
+        ActivationTerm((FP32_BYTES + 1) * num_experts / whole, "weights in fp32 and whether chosen, of every expert: 5 E bytes"),
+        ActivationTerm((_INDEX_BYTES + FP32_BYTES) * chosen / whole, "place and weight of every copy: 12 k bytes"),
+        ActivationTerm(itemsize * chosen * hidden / whole, "copies that experts read: k h"),
+        ActivationTerm(6 * itemsize * chosen * ffn / whole, "gate and up, silu of gate, up plus its offset, their product, the same weighed: 6 k f"),
+    ]
+
+
 def stage_activation_bytes(
     architecture: Architecture, layout: ParallelLayout, *, itemsize: int, micro_batch: int, num_tokens: int, num_layers: int, is_last: bool
 ) -> int:
@@ -74,6 +96,15 @@ def stage_activation_bytes(
     return round(num_tokens * (num_layers * per_layer + end))
 
 
-def forward_bytes_per_token(architecture: Architecture, tensor: int, itemsize: int) -> int:
-    """Return what a forward without gradients holds at its widest, in the feed-forward layer: residual, input and output h, and 5f / t."""
-    return round(itemsize * (3 * architecture.hidden_size + 5 * architecture.ffn_hidden_size / tensor))
+def forward_bytes_per_token(architecture: Architecture, layout: ParallelLayout, *, itemsize: int, num_layers: int) -> int:
+    """Return what a forward without gradients holds of one token at its widest, in a feed-forward layer; no sequence is split there.
+
+    4h: the inputs of the stage, the layer, the norm after attention, and the feed-forward. Then, dense, 5f / t; with experts k h for each of the copies as
+    sent, as arrived and as sorted, and the outputs before and after they are joined, beside the routes that all `num_layers` layers keep. Without expert
+    parallelism the copies that are sent are those that arrive.
+    """
+    hidden, experts = architecture.hidden_size, architecture.experts
+    if experts is None:
+        return round(itemsize * (4 * hidden + 5 * architecture.ffn_hidden_size / layout.tensor))
+    widest, routes = 5 if layout.expert > 1 else 4, (FP32_BYTES + 1) * experts.num_experts + _INDEX_BYTES * experts.experts_per_token
+    return itemsize * (4 + widest * experts.experts_per_token) * hidden + num_layers * routes

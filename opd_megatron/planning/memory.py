@@ -2,7 +2,7 @@
 
 Shapes: B sequences, T scored positions of a micro-batch, N tokens of one chunk, V vocabulary, W = this rank's slice of V, H / G hidden sizes.
 Left out: the CUDA context and communication buffers (a few GiB), the allocator's fragmentation, temporary gradients inside one layer's backward,
-padding of the gradient buffer, and loading and exporting.
+padding of the gradient buffer, and loading and exporting. Tokens are taken to visit all experts equally often: a rank whose experts are favoured needs more.
 """
 
 from __future__ import annotations
@@ -76,8 +76,10 @@ def rank_memory(rank: PlannedRank) -> RankMemory:
 def _states(rank: PlannedRank) -> list[Term]:
     """Weights, gradients and optimizer of the student; offloaded, the last two are there in training only."""
     student = rank.student
-    count, itemsize = student.num_parameters, student.dtype.itemsize
+    count, num_expert, itemsize = student.counts.num_parameters, student.counts.num_expert_parameters, student.dtype.itemsize
     master = 0 if student.dtype == torch.float32 else FP32_BYTES
+    shares = ((count - num_expert, student.groups.num_writers), (num_expert, student.num_expert_copies))
+    over = f"the {student.groups.num_writers} ranks of DP x CP" + (f", of experts over {student.num_expert_copies} that hold the same" if num_expert else "")
     updating: Phase = "train" if rank.config.training.offload_optimizer else "always"
     return [
         Term(name="weights", phase="always", num_bytes=count * itemsize, why=f"{count:,} parameters of {itemsize} bytes"),
@@ -85,8 +87,8 @@ def _states(rank: PlannedRank) -> list[Term]:
         Term(
             name="optimizer",
             phase=updating,
-            num_bytes=-(-count * (master + 2 * FP32_BYTES) // student.groups.num_writers),
-            why=f"fp32 {'master weights and ' if master else ''}two moments, split over the {student.groups.num_writers} ranks of DP x CP; padding ignored",
+            num_bytes=sum(-(-number * (master + 2 * FP32_BYTES) // num_ranks) for number, num_ranks in shares),
+            why=f"fp32 {'master weights and ' if master else ''}two moments, split over {over}; padding ignored",
         ),
     ]
 
@@ -101,11 +103,11 @@ def _training(rank: PlannedRank, shape: StepShape) -> list[Term]:
         itemsize=itemsize,
         micro_batch=micro_batch,
         num_tokens=shape.micro_batch_tokens,
-        num_layers=student.num_layers,
+        num_layers=student.counts.num_layers,
         is_last=groups.is_last_stage,
     )
     flight = shape.num_in_flight
-    why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {student.num_layers} layers"
+    why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {student.counts.num_layers} layers"
     terms = [Term(name="activations", phase="train", num_bytes=flight * one, why=why)]
     if not groups.is_last_stage:
         return terms
@@ -149,21 +151,21 @@ def _evaluation(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase:
 
 
 def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Phase, num_sequences: int, response_tokens: int) -> list[Term]:
-    architecture, tensor, itemsize = model.known.architecture, model.groups.layout.tensor, model.dtype.itemsize
+    architecture, layout, itemsize = model.known.architecture, model.groups.layout, model.dtype.itemsize
     batch, prompt_tokens = shape.decoded_sequences(model, num_sequences), rank.config.data.max_prompt_tokens
     length = prompt_tokens + response_tokens
-    per_token = 2 * itemsize * model.num_layers * architecture.num_kv_heads // tensor * architecture.head_dim
+    per_token = 2 * itemsize * model.counts.num_layers * architecture.num_kv_heads // layout.tensor * architecture.head_dim
     terms = [
         Term(
             name=f"KV cache, {phase}",
             phase=phase,
             num_bytes=batch * length * per_token,
-            why=f"{batch} sequences x {length:,} tokens x {model.num_layers} layers x {architecture.num_kv_heads // tensor} key-value heads",
+            why=f"{batch} sequences x {length:,} tokens x {model.counts.num_layers} layers x {architecture.num_kv_heads // layout.tensor} key-value heads",
         ),
         Term(
             name=f"prompts, {phase}",
             phase=phase,
-            num_bytes=batch * prompt_tokens * forward_bytes_per_token(architecture, tensor, itemsize),
+            num_bytes=batch * prompt_tokens * forward_bytes_per_token(architecture, layout, itemsize=itemsize, num_layers=model.counts.num_layers),
             why=f"forward of {batch} prompts of {prompt_tokens:,} tokens, at its widest",
         ),
     ]
@@ -175,19 +177,24 @@ def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Ph
 
 def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list[Term]:
     """The teacher's weights, its forward, and its hidden states on their way to the student's last stage and there."""
-    architecture, itemsize, tensor = teacher.known.architecture, teacher.dtype.itemsize, teacher.groups.layout.tensor
+    architecture, itemsize = teacher.known.architecture, teacher.dtype.itemsize
     row_bytes, payload, tokens = architecture.hidden_size * itemsize, rank.payload, shape.teacher_batch_tokens
     held, buffered, needed = payload.held_rows(rank.rank), payload.buffered_rows(rank.rank), payload.needed_rows(rank.rank)
     evaluates = bool(rank.config.evaluation.teacher and rank.config.evaluation.prompts)
     terms = [
         *(
-            Term(name="teacher weights", phase=phase, num_bytes=teacher.num_parameters * itemsize, why=f"{teacher.num_parameters:,} parameters, no gradient")
+            Term(
+                name="teacher weights",
+                phase=phase,
+                num_bytes=teacher.counts.num_parameters * itemsize,
+                why=f"{teacher.counts.num_parameters:,} parameters, no gradient",
+            )
             for phase in _teacher_phases(rank, evaluates)
         ),
         Term(
             name="teacher forward",
             phase="teacher",
-            num_bytes=tokens * forward_bytes_per_token(architecture, tensor, itemsize),
+            num_bytes=tokens * forward_bytes_per_token(architecture, teacher.groups.layout, itemsize=itemsize, num_layers=teacher.counts.num_layers),
             why=f"{shape.teacher_batch} sequences, {tokens:,} tokens on this rank, at its widest",
         ),
         Term(

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opd_megatron.config import RunConfig, TeacherConfig
+from opd_megatron.config import ParallelLayout, RunConfig, TeacherConfig
+from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import DTYPES, build_gpt
 from opd_megatron.parallel.cpu import enable_cpu_backend
 from opd_megatron.parallel.groups import ModelGroups, forget_student_groups, student_groups, teacher_groups
 from opd_megatron.planning.architectures import KnownModel
 from opd_megatron.planning.payload import Payload
 
+# A norm of queries or of keys sees the heads of its tensor rank.
+_HEAD_NORM = re.compile("[qk]_layernorm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one rank holds of a model: layers, and parameters."""
+
+    num_layers: int
+    num_parameters: int
+    # Of experts, whose copies are on other ranks than those of the other parameters.
+    num_expert_parameters: int
+    # Whole on every tensor rank, each of which has only a part of their gradient.
+    num_partial_parameters: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """One model as one rank holds it: no bytes, all shapes."""
+    """One model as one rank holds it."""
 
     known: KnownModel
     groups: ModelGroups
-    model: GPTModel
+    counts: Counts
     dtype: torch.dtype
 
     @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of this rank's pipeline stage."""
-        return len(self.model.decoder.layers)
+    def num_expert_copies(self) -> int:
+        """Ranks of a stage that hold the same experts."""
+        return self.groups.grid.expert_shape["expt_dp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +72,34 @@ def plan_rank(config: RunConfig, student: KnownModel, teacher: KnownModel | None
     precision = config.training.precision
     with _fake_world(rank, config.world_size), _on_meta_device():
         groups = student_groups(config.student.layout, config.seed)
-        model = build_gpt(student.architecture, groups, precision=precision, vocab_multiple=config.student.vocab_multiple)
-        planned = PlannedModel(known=student, groups=groups, model=model, dtype=DTYPES[precision])
+        counts = _count(student.architecture, groups, precision, config.student.vocab_multiple)
+        planned = PlannedModel(known=student, groups=groups, counts=counts, dtype=DTYPES[precision])
         other = None
         if teacher is not None and config.teacher is not None:
             groups = teacher_groups(config.teacher.layout)
-            model = build_gpt(teacher.architecture, groups, precision=precision, vocab_multiple=1)
-            other = PlannedModel(known=teacher, groups=groups, model=model, dtype=DTYPES[precision])
+            counts = _count(teacher.architecture, groups, precision, 1)
+            other = PlannedModel(known=teacher, groups=groups, counts=counts, dtype=DTYPES[precision])
     return PlannedRank(rank=rank, config=config, payload=payload, student=planned, teacher=other, teacher_settings=config.teacher if other else None)
+
+
+# Of what was built before, whatever the world was: thousands of experts take seconds to build.
+_counted: dict[tuple[Architecture, ParallelLayout, int, str, int], Counts] = {}
+
+
+def _count(architecture: Architecture, groups: ModelGroups, precision: Literal["bf16", "fp32"], vocab_multiple: int) -> Counts:
+    """Return the counts of the model that a rank with these groups builds."""
+    key = (architecture, groups.layout, groups.stage, precision, vocab_multiple)
+    if key not in _counted:
+        model = build_gpt(architecture, groups, precision=precision, vocab_multiple=vocab_multiple)
+        parameters = dict(model.named_parameters())
+        partial = [parameter for name, parameter in parameters.items() if getattr(parameter, "sequence_parallel", False) or _HEAD_NORM.search(name)]
+        _counted[key] = Counts(
+            num_layers=len(model.decoder.layers),
+            num_parameters=sum(parameter.numel() for parameter in parameters.values()),
+            num_expert_parameters=sum(parameter.numel() for parameter in parameters.values() if not getattr(parameter, "allreduce", True)),
+            num_partial_parameters=sum(parameter.numel() for parameter in partial) if groups.layout.tensor > 1 else 0,
+        )
+    return _counted[key]
 
 
 def ranks_to_plan(example: PlannedRank) -> list[int]:

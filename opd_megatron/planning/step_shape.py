@@ -70,12 +70,21 @@ class StepShape:
         return [rows.stop - rows.start for rows in chunks]
 
     def share_of(self, model: PlannedModel) -> int:
-        """Return how many of the step's sequences this rank's replica of one model takes."""
-        return len(replica_share(self.rank.config.num_sequences, model.groups.data_rank, model.groups.data_size))
+        """Return how many of the step's sequences this rank's replica of one model passes through it."""
+        return self._passed(model, model.groups.data_rank, model.groups.data_size)
+
+    def written_by(self, model: PlannedModel) -> int:
+        """Return the same of a model that writes."""
+        return self._passed(model, model.groups.writer, model.groups.num_writers)
 
     def decoded_sequences(self, model: PlannedModel, num_sequences: int) -> int:
         """Return how many of `num_sequences` one of a model's writers decodes together."""
         return min(self.rank.config.rollout.batch_sequences, -(-num_sequences // model.groups.num_writers))
+
+    def _passed(self, model: PlannedModel, replica: int, num_replicas: int) -> int:
+        # Where experts are spread over ranks, all replicas make as many passes as the busiest: `models.forward`.
+        busiest, num_sequences = model.groups.layout.expert > 1, self.rank.config.num_sequences
+        return -(-num_sequences // num_replicas) if busiest else len(replica_share(num_sequences, replica, num_replicas))
 
     def _tokens_of(self, model: PlannedModel) -> int:
         layout = model.groups.layout

@@ -50,6 +50,10 @@ def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
     layout = (plan.config.student if model.role == "student" else plan.config.teacher).layout  # type: ignore[union-attr]
     sizes = f"TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {model.data_size}"
     yield f"{model.role + ':':<9}{plan.config.world_size} ranks = {sizes}; architecture from {model.known.source}"
+    if (experts := model.known.architecture.experts) is not None:
+        copies = plan.config.world_size // (layout.pipeline * layout.expert * layout.expert_tensor)
+        held = f"{experts.num_experts} experts = EP {layout.expert} x {experts.num_experts // layout.expert}, {copies} ranks of a stage hold the same"
+        yield f"         {held}; a token visits {experts.experts_per_token}, taken to be all equally often"
     if gpus_per_node % layout.tensor:
         yield f"         its tensor groups of {layout.tensor} do not divide nodes of {gpus_per_node} GPUs: their sums would cross nodes"
 

@@ -5,7 +5,8 @@ Not covered: GPUs. What CUDA kernels allocate besides tensors, and the temporari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_megatron.config import (
     DataConfig,
@@ -39,7 +42,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder / "student", "qwen3", tied=True, vocab_size=263, hidden_size=128)
     write_tiny_model(folder / "llama", "llama", vocab_size=263, hidden_size=128)
+    # As in real models the feed-forward is the widest part of a layer; of a mixture, the copies of every token.
+    write_tiny_model(folder / "wide", vocab_size=263, hidden_size=128, intermediate_size=512)
+    write_tiny_model(folder / "wide_mixture", "qwen3_moe", vocab_size=263, hidden_size=128, num_experts_per_tok=6)
     write_tiny_model(folder / "teacher", "qwen3", vocab_size=263, hidden_size=96)
+    write_tiny_model(folder / "mixture", "qwen3_moe", tied=True, vocab_size=263, hidden_size=128)
+    write_tiny_model(folder / "mixture_teacher", "qwen3_moe", vocab_size=263, hidden_size=96, norm_topk_prob=False)
     return folder
 
 
@@ -52,11 +60,14 @@ def planner() -> Iterator[Callable[..., Any]]:
         yield lambda function, *arguments: executor.submit(function, *arguments).result(timeout=300)
 
 
-def tiny_config(models: Path, student: ParallelLayout, teacher: ParallelLayout, *, world_size: int, precision: str = "fp32", micro_batch: int = 2) -> RunConfig:
+def tiny_config(
+    models: Path, student: ParallelLayout, teacher: ParallelLayout, *, world_size: int, precision: str = "fp32", micro_batch: int = 2, mixture: bool = False
+) -> RunConfig:
+    folders = (models / "mixture", models / "mixture_teacher") if mixture else (models / "student", models / "teacher")
     return RunConfig(
         world_size=world_size,
-        student=StudentConfig(hf=str(models / "student"), layout=student, vocab_multiple=4),
-        teacher=TeacherConfig(hf=str(models / "teacher"), layout=teacher, micro_batch=3),
+        student=StudentConfig(hf=str(folders[0]), layout=student, vocab_multiple=4),
+        teacher=TeacherConfig(hf=str(folders[1]), layout=teacher, micro_batch=3),
         data=DataConfig(prompts="prompts.jsonl", batch_prompts=16, max_prompt_tokens=20),
         rollout=RolloutConfig(max_response_tokens=12),
         training=TrainingConfig(micro_batch=micro_batch, precision=precision),
@@ -96,11 +107,18 @@ LAYOUTS = {
     "PP2xDP2, teacher TP2xDP2": ({"pipeline": 2}, {"tensor": 2}),
     "CP2xTP2, teacher CP2xPP2": ({"context": 2, "tensor": 2}, {"context": 2, "pipeline": 2}),
 }
+# Of two mixtures of experts.
+MIXTURES = {
+    "EP2xPP2, teacher EP4": ({"expert": 2, "pipeline": 2}, {"expert": 4}),
+    "TP2+SPxEP2, teacher EP2xPP2": ({"tensor": 2, "sequence": True, "expert": 2}, {"expert": 2, "pipeline": 2}),
+    "CP2xEP4, teacher EP2xTP2": ({"context": 2, "expert": 4}, {"expert": 2, "tensor": 2}),
+    "DP4 of whole mixtures, teacher TP2": ({}, {"tensor": 2}),
+}
 
 
-def layouts(name: str) -> tuple[ParallelLayout, ParallelLayout]:
-    student, teacher = LAYOUTS[name]
-    return ParallelLayout(**student), ParallelLayout(**teacher)
+def config_of(models: Path, name: str, precision: str = "fp32") -> RunConfig:
+    student, teacher = {**LAYOUTS, **MIXTURES}[name]
+    return tiny_config(models, ParallelLayout(**student), ParallelLayout(**teacher), world_size=4, precision=precision, mixture=name in MIXTURES)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------------------
@@ -114,7 +132,7 @@ def held_bytes(config: RunConfig) -> dict[str, int]:
     teacher.score(longest_rollouts(config))
     prime_adam(student.optimizer)
     weights = storages(student.model.parameters())
-    gradients = storages(buffer.grad_data for buffer in student.ddp.buffers)
+    gradients = storages(buffer.grad_data for buffer in buffers(student))
     optimizer = storages(optimizer_state(student.optimizer))
     return {
         "weights": sum(weights.values()),
@@ -124,6 +142,11 @@ def held_bytes(config: RunConfig) -> dict[str, int]:
         "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
         "payload bytes": teacher.payload_bytes,
     }
+
+
+def buffers(student: Any) -> list[Any]:
+    """Return what holds the student's gradients; experts have buffers of their own."""
+    return [*student.ddp.buffers, *student.ddp.expert_parallel_buffers]
 
 
 def storages(tensors: Any) -> dict[int, int]:
@@ -145,9 +168,9 @@ def planned_bytes(config: RunConfig) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *MIXTURES])
 def test_ranks_hold_what_was_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str, precision: str) -> None:
-    config = tiny_config(models, *layouts(name), world_size=4, precision=precision)
+    config = config_of(models, name, precision)
     planned = planner(planned_bytes, config)
     for rank, held in enumerate(pool.run(held_bytes, config)):
         for kind, num_bytes in held.items():
@@ -166,7 +189,7 @@ def bytes_inside_and_outside(config: RunConfig) -> dict[str, tuple[int, int]]:
 
     def now() -> dict[str, int]:
         kinds = {
-            "gradients": [buffer.grad_data for buffer in student.ddp.buffers],
+            "gradients": [buffer.grad_data for buffer in buffers(student)],
             "optimizer": optimizer_state(student.optimizer),
             "teacher weights": list(teacher.scorer.model.parameters()),
         }
@@ -188,8 +211,7 @@ def planned_phases(config: RunConfig) -> dict[str, dict[str, int]]:
 
 
 def test_what_waits_on_the_host_is_planned_for_its_phase_only(models: Path, pool: RankPool, planner: Callable[..., Any]) -> None:
-    config = tiny_config(models, *layouts("TP2xPP2, teacher DP4"), world_size=4)
-    config = apply_overrides(config, ["teacher.placement=offloaded", "training.offload_optimizer=true"])
+    config = apply_overrides(config_of(models, "TP2xPP2, teacher DP4"), ["teacher.placement=offloaded", "training.offload_optimizer=true"])
     planned = planner(planned_phases, config)
     for kind, (inside, outside) in pool.run(bytes_inside_and_outside, config)[0].items():
         assert list(planned[kind]) == ["teacher" if kind == "teacher weights" else "train"]
@@ -221,6 +243,11 @@ def saved_bytes(config: RunConfig) -> int:
             model(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
     finally:
         RMSNorm.forward = usual
+    if "mixture" in config.student.hf:
+        # Experts see matrices: all that is saved counts, but weights and ids of tokens.
+        weights = storages(model.parameters())
+        kept = storages(tensor for tensor in saved.values() if tensor.shape != tokens_BS.shape)
+        return sum(num_bytes for place, num_bytes in kept.items() if place not in weights)
     # Matrices are no activations: weights, token ids, and the mask that attention over context ranks needs on CPU (flash attention needs none).
     return sum(storages(tensor for tensor in saved.values() if tensor.dim() > 2).values())
 
@@ -255,6 +282,10 @@ def planned_activations(config: RunConfig) -> int:
         ("llama", {"tensor": 2, "sequence": True}, 1),
         ("student", {"context": 2}, 1),
         ("llama", {"context": 2}, 2),
+        ("mixture", {}, 2),
+        ("mixture", {"expert": 2}, 2),
+        ("mixture", {"expert": 2, "tensor": 2, "sequence": True}, 2),
+        ("mixture_teacher", {"expert": 2}, 1),
     ],
 )
 def test_autograd_saves_what_was_planned(
@@ -262,7 +293,71 @@ def test_autograd_saves_what_was_planned(
 ) -> None:
     config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision=precision, micro_batch=micro_batch)
     config = replace(config, student=replace(config.student, hf=str(models / student)))
-    assert planner(planned_activations, config) == pool.run(saved_bytes, config, world_size=2)[0]
+    # However a router spreads the tokens, the ranks that share experts save as much together as planned.
+    assert 2 * planner(planned_activations, config) == sum(pool.run(saved_bytes, config, world_size=2))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside had at once; views of `others` are none of them."""
+
+    def __init__(self, others: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in others}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known or not storage.nbytes():
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, place: int, num_bytes: int) -> None:
+        self._known.discard(place)
+        self.now -= num_bytes
+
+
+def forward_peak(config: RunConfig) -> tuple[int, int]:
+    """Return the bytes that a forward of the student without gradients needs at once beside its weights, and how many tokens it has."""
+    from opd_megatron.models.forward import forward_hidden, inference_mode
+    from opd_megatron.models.gpt import build_gpt
+    from opd_megatron.models.hf_folder import read_architecture
+    from opd_megatron.parallel.groups import student_groups
+
+    groups = student_groups(config.student.layout, 1)
+    model = build_gpt(read_architecture(Path(config.student.hf)), groups, precision=config.training.precision, vocab_multiple=4)
+    tokens_BS = torch.randint(0, 256, (4, 100), generator=torch.Generator().manual_seed(dist.get_rank()))
+    with inference_mode(model, groups), LiveBytes([tokens_BS, *model.parameters()]) as live:
+        forward_hidden(model, groups, tokens_BS)
+    return live.peak, tokens_BS.numel()
+
+
+def planned_forward(config: RunConfig) -> int:
+    from opd_megatron.models.gpt import DTYPES
+    from opd_megatron.models.hf_folder import read_architecture
+    from opd_megatron.planning.activations import forward_bytes_per_token
+
+    architecture, itemsize = read_architecture(Path(config.student.hf)), DTYPES[config.training.precision].itemsize
+    return forward_bytes_per_token(architecture, config.student.layout, itemsize=itemsize, num_layers=architecture.num_layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("student", "layout"), [("wide", {}), ("wide_mixture", {}), ("wide_mixture", {"expert": 2}), ("wide_mixture", {"tensor": 2})])
+def test_a_forward_without_gradients_needs_what_was_planned(models: Path, pool: RankPool, student: str, layout: dict[str, Any], precision: str) -> None:
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision=precision)
+    config = replace(config, student=replace(config.student, hf=str(models / student)))
+    measured = pool.run(forward_peak, config, world_size=2)
+    # However tokens are spread. Cosines, sines and the router's logits are not planned, and much of a tiny model.
+    assert sum(peak for peak, _ in measured) == pytest.approx(sum(tokens for _, tokens in measured) * planned_forward(config), rel=0.05)
 
 
 # --- messages ----------------------------------------------------------------------------------------------------------------------------
@@ -274,6 +369,7 @@ OPERATIONS = {
     "c10d::allgather_into_tensor_coalesced_": "all-gather",
     "c10d::_reduce_scatter_base_": "reduce-scatter",
     "c10d::reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "c10d::alltoall_base_": "all-to-all",
     "c10d::send": "send",
     "c10d::broadcast_": "broadcast",
 }
@@ -296,11 +392,16 @@ def sent_messages(config: RunConfig) -> dict[str, dict[str, int]]:
     share = [rollouts.samples[index] for index in rollouts.share(student.groups.data_rank, student.groups.data_size)]
     settings = SamplingSettings(max_response_tokens=config.rollout.max_response_tokens)
     hidden: dict[int, torch.Tensor] = {}
-    return {
+    counts = {
         "rollout": counted(lambda: sampler.generate([sample.prompt_ids.tolist() for sample in share], [(i,) for i in range(len(share))], settings)),
         "teacher": counted(lambda: hidden.update(teacher.score(rollouts))),
         "train": counted(lambda: student.train_step(make_micro_batches(student, rollouts, hidden), objective)),
     }
+    # Megatron also calls the data-parallel collectives of a group of one, and gathers all weights once for each optimizer, the dense and the experts'.
+    in_vain = sum(len(buffer.buckets) for buffer in buffers(student) if buffer.data_parallel_group.size() == 1)
+    for operation, times in {"reduce-scatter": 1, "all-gather": len(student.optimizer.chained_optimizers)}.items() if in_vain else ():
+        counts["train"][operation] -= times * in_vain
+    return {phase: {operation: count for operation, count in of_phase.items() if count} for phase, of_phase in counts.items()}
 
 
 def counted(action: Callable[[], Any]) -> dict[str, int]:
@@ -333,12 +434,9 @@ def planned_messages(config: RunConfig) -> list[dict[str, dict[str, int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *MIXTURES])
 def test_ranks_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
-    config = tiny_config(models, *layouts(name), world_size=4)
+    config = config_of(models, name)
     planned = planner(planned_messages, config)
     for rank, sent in enumerate(pool.run(sent_messages, config)):
-        if config.student.layout.data_size(4) * config.student.layout.context == 1:
-            # Megatron also calls the data-parallel collectives of a group of one.
-            del sent["train"]["reduce-scatter"], sent["train"]["all-gather"]
         assert sent == planned[rank], rank
