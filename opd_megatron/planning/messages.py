@@ -35,13 +35,19 @@ class Message:
 def rank_messages(rank: PlannedRank) -> list[Message]:
     """Return what a rank sends; nothing is listed of a group of one."""
     shape = StepShape(rank)
-    found = [*_rollout(rank, shape), *_teacher(rank, shape), *_training(rank, shape), *_optimizer(rank)]
+    found: list[Message] = []
+    if rank.student is not None:
+        found += _rollout(rank, rank.student, shape)
+    if rank.teacher is not None:
+        found += _teacher(rank, rank.teacher, shape)
+    if rank.student is not None:
+        found += [*_training(rank, rank.student, shape), *_optimizer(rank, rank.student)]
     return [message for message in found if message.count]
 
 
-def _rollout(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
+def _rollout(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """Every token is one pass through the pipeline of all sequences that are decoded together."""
-    config, student = rank.config, rank.student
+    config = rank.config
     if config.training.objective != "opd" or config.rollout.replay:
         return
     batch = shape.decoded_sequences(student, config.num_sequences)
@@ -55,11 +61,8 @@ def _rollout(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
         yield Message(phase="rollout", group="student TP x PP", operation="broadcast", count=passes, num_bytes=16 * batch, why="token and log-probability")
 
 
-def _teacher(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
+def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """One forward for each batch of the share, then the hidden states to the student's last stage."""
-    teacher = rank.teacher
-    if teacher is None:
-        return
     tokens, batches = shape.teacher_batch_tokens, shape.num_teacher_batches
     yield from _forward(teacher, "teacher", batches, tokens, "[S, B, G]")
     if teacher.groups.layout.context > 1:
@@ -108,10 +111,9 @@ def _experts(model: PlannedModel, phase: str, role: str, passes: int, tokens: in
         yield Message(phase=phase, group=group, operation="all-to-all", count=count, num_bytes=copies * FP32_BYTES, why=why)
 
 
-def _training(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
+def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """Forward and backward of every micro-batch."""
-    student, batches = rank.student, shape.num_micro_batches
-    groups, layout = student.groups, student.groups.layout
+    batches, groups, layout = shape.num_micro_batches, student.groups, student.groups.layout
     activation = shape.micro_batch_tokens * _row_bytes(student)
 
     def tensor(operation: str, per_batch: int, why: str, num_bytes: int = activation) -> Message:
@@ -155,9 +157,9 @@ def _loss(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
         yield Message(phase="train", group="student TP", operation="all-reduce or all-gather", count=count, num_bytes=num_bytes, why=why)
 
 
-def _optimizer(rank: PlannedRank) -> Iterator[Message]:
+def _optimizer(rank: PlannedRank, student: PlannedModel) -> Iterator[Message]:
     """Once a step: gradients to the replica that updates them, updated weights back."""
-    student, groups, layout = rank.student, rank.student.groups, rank.student.groups.layout
+    groups, layout = student.groups, student.groups.layout
     at_an_end = groups.is_first_stage or groups.is_last_stage
     tied = rank.padded_vocab // layout.tensor * student.known.architecture.hidden_size
     shared = tied if student.known.architecture.tied and layout.pipeline > 1 and at_an_end else 0

@@ -47,15 +47,24 @@ class Payload:
         return [self.plan.num_rows[piece] for piece in pieces]
 
 
+def model_grids(config: RunConfig) -> dict[str, RankGrid]:
+    """Return where the models of a run are, in the ranks of the whole job; a teacher on ranks of its own has the last."""
+    own = config.num_teacher_ranks
+    grids = {"student": RankGrid(layout=config.student.layout, num_ranks=config.world_size - own)}
+    if config.teacher is not None and config.training.objective == "opd":
+        grids["teacher"] = RankGrid(layout=config.teacher.layout, num_ranks=own or config.world_size, first_rank=config.world_size - own if own else 0)
+    return grids
+
+
 def step_payload(config: RunConfig) -> Payload:
     """Return the payload of one step; none without a teacher."""
-    if config.teacher is None or config.training.objective != "opd":
+    grids = model_grids(config)
+    if "teacher" not in grids:
         return Payload((), PayloadPlan((), ()))
     prompt, response = torch.zeros(config.data.max_prompt_tokens, dtype=torch.long), torch.zeros(config.rollout.max_response_tokens, dtype=torch.long)
     samples = [Sample(index, 0, prompt, response, None, False) for index in range(config.num_sequences)]
-    grids = [RankGrid(layout=model.layout, num_ranks=config.world_size) for model in (config.teacher, config.student)]
-    teacher_places, student_places = (_places(config, grid) for grid in grids)
-    pieces = cut_into_pieces(samples, grids[0], teacher_places, grids[1], student_places)
+    teacher, student = grids["teacher"], grids["student"]
+    pieces = cut_into_pieces(samples, teacher, _places(config, teacher), student, _places(config, student))
     plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
     return Payload(tuple(pieces), plan)
 

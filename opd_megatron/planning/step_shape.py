@@ -19,13 +19,18 @@ class StepShape:
     rank: PlannedRank
 
     @property
+    def _student(self) -> PlannedModel:
+        assert self.rank.student is not None, "a rank of the teacher's own does not train"
+        return self.rank.student
+
+    @property
     def response_tokens(self) -> int:
         return self.rank.config.rollout.max_response_tokens
 
     @property
     def micro_batch_tokens(self) -> int:
         """Positions of one training micro-batch that this rank computes: B S, over its context group."""
-        return self.rank.config.training.micro_batch * self._tokens_of(self.rank.student)
+        return self.rank.config.training.micro_batch * self._tokens_of(self._student)
 
     @property
     def teacher_batch_tokens(self) -> int:
@@ -35,7 +40,7 @@ class StepShape:
     @property
     def scored_tokens(self) -> int:
         """T: positions of one micro-batch that have a loss and lie on this rank."""
-        groups, prompt_tokens = self.rank.student.groups, self.rank.config.data.max_prompt_tokens
+        groups, prompt_tokens = self._student.groups, self.rank.config.data.max_prompt_tokens
         position_R = torch.arange(self.response_tokens) + prompt_tokens - 1
         length = padded_length(prompt_tokens + self.response_tokens, groups.layout)
         own = context_rank(position_R, length, groups.layout.context) == groups.cell.context
@@ -43,20 +48,19 @@ class StepShape:
 
     @property
     def num_micro_batches(self) -> int:
-        return self.share_of(self.rank.student) // self.rank.config.training.micro_batch
+        return self.share_of(self._student) // self.rank.config.training.micro_batch
 
     @property
     def num_in_flight(self) -> int:
         """Micro-batches whose activations this stage holds at once in the 1F1B schedule: one per stage from here to the last."""
-        groups = self.rank.student.groups
+        groups = self._student.groups
         return min(self.num_micro_batches, groups.layout.pipeline - groups.stage)
 
     @property
     def teacher_batch(self) -> int:
         """Sequences that the teacher scores at once."""
-        if self.rank.teacher is None or self.rank.teacher_settings is None:
-            return 0
-        return min(self.rank.teacher_settings.micro_batch, self.share_of(self.rank.teacher))
+        settings = self.rank.config.teacher
+        return min(settings.micro_batch, self.share_of(self.rank.teacher)) if settings is not None and self.rank.teacher is not None else 0
 
     @property
     def num_teacher_batches(self) -> int:
@@ -65,7 +69,7 @@ class StepShape:
     @property
     def chunk_tokens(self) -> list[int]:
         """Rows of each chunk of the fused head over one micro-batch, as on an accelerator."""
-        num_columns = self.rank.padded_vocab // self.rank.student.groups.layout.tensor
+        num_columns = self.rank.padded_vocab // self.rank.config.student.layout.tensor
         chunks = token_chunks(self.scored_tokens, num_columns, torch.device("cuda"), self.rank.config.loss.chunk_tokens)
         return [rows.stop - rows.start for rows in chunks]
 

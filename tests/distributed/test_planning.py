@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -75,8 +76,8 @@ def tiny_config(
     )
 
 
-def build(config: RunConfig) -> tuple[Any, Any]:
-    """Return the student and the teacher that a rank of a run builds."""
+def build(config: RunConfig, bridge: Any = None) -> tuple[Any, Any]:
+    """Return the student and the teacher that a rank of a run builds; with a `bridge`, a student whose teacher is on ranks of its own."""
     from opd_megatron.models.weights import open_weights
     from opd_megatron.parallel.groups import student_groups, teacher_groups
     from opd_megatron.parallel.world import worlds
@@ -86,9 +87,9 @@ def build(config: RunConfig) -> tuple[Any, Any]:
 
     device, source = torch.device("cpu"), open_weights(hf=config.teacher.hf)
     student = Student(config, open_weights(hf=config.student.hf), student_groups(config.student.layout, 1), device)
-    scorer = make_scorer(source, config, teacher_groups(config.teacher.layout), device)
-    with worlds(0) as bridge:
-        router = make_router(source, config, bridge)
+    scorer = make_scorer(source, config, teacher_groups(config.teacher.layout), device) if bridge is None else None
+    with worlds(0) if bridge is None else nullcontext(bridge) as way:
+        router = make_router(source, config, way)
     return student, Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=device)
 
 
@@ -124,12 +125,12 @@ def config_of(models: Path, name: str, precision: str = "fp32") -> RunConfig:
 # --- memory ------------------------------------------------------------------------------------------------------------------------------
 
 
-def held_bytes(config: RunConfig) -> dict[str, int]:
-    """Return what this rank really holds of each kind, every storage once."""
+def held_bytes(config: RunConfig, bridge: Any = None) -> dict[str, int]:
+    """Return what this rank of the student really holds of each kind, every storage once."""
     from opd_megatron.training.optimizer import optimizer_state, prime_adam
 
-    student, teacher = build(config)
-    teacher.score(longest_rollouts(config))
+    student, teacher = build(config, bridge)
+    received = teacher.score(longest_rollouts(config))
     prime_adam(student.optimizer)
     weights = storages(student.model.parameters())
     gradients = storages(buffer.grad_data for buffer in buffers(student))
@@ -138,10 +139,33 @@ def held_bytes(config: RunConfig) -> dict[str, int]:
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),
         "optimizer": sum(optimizer.values()),
-        "teacher weights": sum(storages(teacher.scorer.model.parameters()).values()),
+        "teacher weights": sum(storages(teacher.scorer.model.parameters() if teacher.scorer is not None else []).values()),
+        "scores received": sum(rows.nbytes for rows in received.values()),
         "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
         "payload bytes": teacher.payload_bytes,
     }
+
+
+def held_apart(config: RunConfig) -> dict[str, int]:
+    """Return the same of a rank of either world, the teacher's having ranks of its own."""
+    from opd_megatron.models.weights import open_weights
+    from opd_megatron.parallel.groups import teacher_groups
+    from opd_megatron.parallel.world import worlds
+    from opd_megatron.training.setup import make_router, make_scorer
+
+    with worlds(config.num_teacher_ranks) as bridge:
+        if bridge.rank in bridge.student_ranks:
+            return held_bytes(config, bridge)
+        device, source = torch.device("cpu"), open_weights(hf=config.teacher.hf)
+        scorer, router = make_scorer(source, config, teacher_groups(config.teacher.layout), device), make_router(source, config, bridge)
+        rollouts = bridge.told_by_student().rollouts
+        route, rows = router.route(rollouts), scorer.hidden_rows(rollouts)
+        router.deliver(route, rows, device)
+        return {
+            "teacher weights": sum(storages(scorer.model.parameters()).values()),
+            "scores made": sum(part.nbytes for part in rows.values()),
+            "payload bytes": router.num_bytes(route),
+        }
 
 
 def buffers(student: Any) -> list[Any]:
@@ -155,6 +179,7 @@ def storages(tensors: Any) -> dict[int, int]:
 
 def planned_bytes(config: RunConfig) -> list[dict[str, int]]:
     """Return the plan of every rank of the world, not only of those that a plan shows."""
+    from opd_megatron.models.gpt import DTYPES
     from opd_megatron.planning import make_plan
     from opd_megatron.planning.architectures import know_model
     from opd_megatron.planning.memory import rank_memory
@@ -162,9 +187,11 @@ def planned_bytes(config: RunConfig) -> list[dict[str, int]]:
     from opd_megatron.planning.ranks import plan_rank
 
     student, teacher = know_model("student", config.student, PUBLISHED), know_model("teacher", config.teacher, PUBLISHED)
-    ranks = [rank_memory(plan_rank(config, student, teacher, step_payload(config), rank)) for rank in range(config.world_size)]
-    payload = {"payload bytes": make_plan(config, PUBLISHED).payload_bytes}
-    return [{**{term.name: term.num_bytes for term in rank.terms}, **payload} for rank in ranks]
+    payload, row_bytes = step_payload(config), teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize
+    ranks = [rank_memory(plan_rank(config, student, teacher, payload, rank)) for rank in range(config.world_size)]
+    everyone = make_plan(config, PUBLISHED).payload_bytes
+    scores = [{"scores received": payload.needed_rows(rank) * row_bytes, "scores made": payload.held_rows(rank) * row_bytes} for rank in range(len(ranks))]
+    return [{**{term.name: term.num_bytes for term in memory.terms}, "payload bytes": everyone, **own} for memory, own in zip(ranks, scores, strict=True)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -177,6 +204,28 @@ def test_ranks_hold_what_was_planned(models: Path, pool: RankPool, planner: Call
             # Megatron aligns every parameter in its buffers, which is much of a tiny norm and nothing of a real matrix.
             rel = 0.1 if kind in ("weights", "gradients", "optimizer") else 0
             assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
+
+
+APART = {
+    "TP2, teacher TP2 on ranks of its own": ({"tensor": 2}, {"tensor": 2}),
+    "PP2, teacher CP2 on ranks of its own": ({"pipeline": 2}, {"context": 2}),
+    "EP2, teacher EP2 on ranks of its own": ({"expert": 2}, {"expert": 2}),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_ranks_of_two_worlds_hold_what_was_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
+    student, teacher = APART[name]
+    config = tiny_config(models, ParallelLayout(**student), ParallelLayout(**teacher), world_size=4, mixture="expert" in student)
+    config = apply_overrides(config, ["teacher.placement=dedicated", "teacher.num_ranks=2", "teacher.staleness=1"])
+    planned, measured = planner(planned_bytes, config), pool.run(held_apart, config)
+    for rank, held in enumerate(measured):
+        for kind, num_bytes in held.items():
+            # As above: alignment of tiny parameters.
+            rel = 0.1 if kind in ("weights", "gradients", "optimizer") else 0
+            assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
+        assert {kind for kind in planned[rank] if kind in ("weights", "teacher weights")} == {"weights" if rank < 2 else "teacher weights"}
+    assert sum(held.get("scores received", 0) for held in measured) > 0
 
 
 def bytes_inside_and_outside(config: RunConfig) -> dict[str, tuple[int, int]]:

@@ -143,6 +143,41 @@ def test_what_no_change_can_fit_is_said_to_be_so(planner: Callable[..., Any]) ->
     assert "no single change" in missing
 
 
+APART = ["world_size=12", "teacher.placement=dedicated", "teacher.num_ranks=4", "teacher.layout.pipeline=2", "teacher.layout.tensor=2"]
+
+
+def test_a_teacher_on_ranks_of_its_own_shares_no_rank_with_the_student(planner: Callable[..., Any]) -> None:
+    config = apply_overrides(find_recipe("qwen3_1p7b_from_8b_8gpu_h100")(), APART)
+    _, record = planner(summary, config)
+    assert [(rank["rank"], rank["student_stage"], rank["teacher_stage"]) for rank in record["ranks"]] == [
+        (0, 0, None),
+        (6, 0, None),
+        (8, None, 0),
+        (11, None, 1),
+    ]
+    names = [{term["name"].partition(",")[0] for term in rank["terms"]} for rank in record["ranks"]]
+    assert names[1] == {
+        *("weights", "gradients", "optimizer", "activations", "loss chunk", "head gradient", "KV cache", "prompts", "sampling", "payload"),
+        "teacher head slice",
+    }
+    assert names[2] == {"teacher weights", "teacher forward", "KV cache", "prompts"}
+    assert names[3] == names[2] | {"payload", "sampling"}
+    phases = [{message["phase"] for message in rank["messages"]} for rank in record["ranks"]]
+    assert phases == [{"rollout", "train", "optimizer"}] * 2 + [{"teacher"}] * 2
+    # Nothing that is needed is where it was made: 256 sequences go to both tensor ranks of the student.
+    assert record["payload"]["bytes"] == 256 * 3072 * 2 * 4096 * 2
+
+
+def test_one_batch_ahead_the_student_holds_scores_while_it_writes(planner: Callable[..., Any]) -> None:
+    config = apply_overrides(find_recipe("qwen3_1p7b_from_8b_8gpu_h100")(), APART)
+    waiting = []
+    for staleness in (0, 1):
+        _, record = planner(summary, apply_overrides(config, [f"teacher.staleness={staleness}"]))
+        waiting.append([term["num_bytes"] for rank in record["ranks"] for term in rank["terms"] if term["name"] == "payload, waiting"])
+    # The share of one of 4 replicas, in bf16, on both planned ranks of the student.
+    assert waiting == [[], [64 * 3072 * 4096 * 2] * 2]
+
+
 def test_a_mixture_is_refused_where_it_cannot_train(models: Path) -> None:
     from opd_megatron.planning.architectures import know_model
 
@@ -188,7 +223,7 @@ def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -
         (("quickstart", "--gpu-memory", "nan"), "--gpu-memory nan must be positive"),
         (("quickstart", "--nodes", "1", "--gpus-per-node", "6"), "world_size=6 is not a multiple"),
         (("quickstart", "student.layout.tensor=4", "student.layout.pipeline=1"), "does not divide the student's 2 key-value heads"),
-        (("quickstart", "teacher.placement=dedicated", "teacher.num_ranks=2", "student.layout.pipeline=1"), "teacher.placement=dedicated is not planned yet"),
+        (("quickstart", "teacher.placement=dedicated", "teacher.num_ranks=2"), "student.layout: world_size=2 is not a multiple"),
         (("quickstart", "student.hf=models/Qwen9-1B"), "student.hf='models/Qwen9-1B' is not on this machine"),
         (("quickstart", "student.hf=null", "student.checkpoint=nowhere"), "student.checkpoint='nowhere' is not on this machine"),
         (("quickstart", "teacher.hf=recipes"), "recipes is not a Hugging Face model folder"),
