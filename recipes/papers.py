@@ -104,7 +104,7 @@ def qwen3_4b_from_rl_4b_32gpu_h20() -> RunConfig:
     """Qwen3-4B from itself after reinforcement learning: the "vanilla OPD" that EffOPD (arXiv 2605.11739) is compared with, on DeepMath.
 
     Set as there: 1,024 prompts with one response each, 2,048 and 16,384 tokens at most, temperature 1, constant learning rate 1e-6 without warm-up,
-    a checkpoint and an evaluation every two steps, seed 42, no thinking. The other students of the paper differ in their folders and in the layout that they need.
+    a checkpoint and an evaluation every two steps, seed 42, no thinking. The paper's other students need other folders and layouts.
     """
     return _eff_opd(
         world_size=32,

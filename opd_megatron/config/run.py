@@ -19,6 +19,7 @@ class ParallelLayout:
 
     tensor: int = 1
     pipeline: int = 1
+    # Chunks of layers that one pipeline rank holds, each `pipeline` chunks further on: shorter bubbles, more messages.
     virtual: int = 1
     context: int = 1
     expert: int = 1
@@ -30,12 +31,17 @@ class ParallelLayout:
         for name in ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor"):
             size = getattr(self, name)
             _require(size >= 1, f"layout.{name}={size} must be at least 1")
-        _require(self.virtual == 1, f"layout.virtual={self.virtual} is not supported yet; leave it at 1 and use pipeline")
+        _require(self.virtual == 1 or self.pipeline > 1, f"layout.virtual={self.virtual} cuts pipeline stages into chunks; it needs layout.pipeline > 1")
         _require(not self.sequence or self.tensor > 1, f"layout.sequence=true needs layout.tensor > 1, got tensor={self.tensor}")
 
     @property
     def model_size(self) -> int:
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of every sequence must be a multiple of: two chunks for each context rank."""
+        return 2 * self.context if self.context > 1 else 1
 
     def data_size(self, world_size: int) -> int:
         """Return how many replicas fit, or say which product does not divide the world."""
@@ -54,7 +60,8 @@ class ParallelLayout:
         """Return a short label, e.g. `TP2xPP2+SP`."""
         context = f"xCP{self.context}" if self.context > 1 else ""
         expert = f"xEP{self.expert}" if self.expert > 1 else ""
-        return f"TP{self.tensor}xPP{self.pipeline}{context}{expert}" + ("+SP" if self.sequence else "")
+        virtual = f"xVPP{self.virtual}" if self.virtual > 1 else ""
+        return f"TP{self.tensor}xPP{self.pipeline}{virtual}{context}{expert}" + ("+SP" if self.sequence else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,7 @@ class TeacherConfig:
         _require(self.num_ranks is None or self.num_ranks >= 1, f"teacher.num_ranks={self.num_ranks} must be at least 1")
         _require(self.staleness in (0, 1), f"teacher.staleness={self.staleness} must be 0 or 1")
         _require(dedicated or self.staleness == 0, f"teacher.staleness={self.staleness} needs teacher.placement=dedicated: else nothing runs side by side")
+        _require(self.layout.virtual == 1, f"teacher.layout.virtual={self.layout.virtual} is of no use: it shortens the bubbles of a backward; set it to 1")
         _require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
 
 
@@ -203,7 +211,10 @@ class TrainingConfig:
 
     objective: Literal["opd", "sft"] = "opd"
     steps: int = 100
+    # Sequences of one micro-batch, padded to the longest of the step.
     micro_batch: int = 1
+    # Pack sequences into micro-batches of at most this many tokens, evenly filled, in place of padding; null packs nothing.
+    micro_batch_tokens: int | None = None
     learning_rate: float = 1e-6
     min_learning_rate: float = 0.0
     warmup_steps: int = 0
@@ -213,6 +224,8 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     clip_grad: float = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
+    # full: keep the inputs of layers only, and compute each layer again in the backward (Megatron's uniform recomputation).
+    recompute: Literal["none", "full"] = "none"
     # Keep optimizer state on the host, and no gradient buffers, while the student writes and the teacher scores.
     offload_optimizer: bool = False
     # A step whose loss or gradient is not finite changes nothing; this many in a row end the run.
@@ -221,6 +234,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"training.steps={self.steps} must be at least 1")
         _require(self.micro_batch >= 1, f"training.micro_batch={self.micro_batch} must be at least 1")
+        limit = self.micro_batch_tokens
+        _require(limit is None or limit >= 1, f"training.micro_batch_tokens={limit} must be at least 1, or null for no packing")
+        _require(
+            limit is None or self.micro_batch == 1,
+            f"training.micro_batch={self.micro_batch} is without effect under training.micro_batch_tokens; leave it at 1",
+        )
         _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, f"training.learning_rate={self.learning_rate} must be positive")
         _require(
             0 <= self.min_learning_rate <= self.learning_rate,
@@ -303,6 +322,13 @@ class RunConfig:
                 self.rollout.temperature > 0 or bool(self.rollout.replay),
                 "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature",
             )
+            limit, multiple = self.training.micro_batch_tokens, self.student.layout.sequence_multiple
+            longest = -(-(self.data.max_prompt_tokens + self.rollout.max_response_tokens) // multiple) * multiple
+            _require(
+                limit is None or longest <= limit,
+                f"training.micro_batch_tokens={limit} does not hold one sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; "
+                "raise it, or shorten one of them",
+            )
 
     @property
     def num_sequences(self) -> int:
@@ -315,22 +341,16 @@ class RunConfig:
         return (self.teacher.num_ranks or 0) if self.teacher is not None and self.training.objective == "opd" else 0
 
     def check_world(self, world_size: int) -> None:
-        """Raise ValueError unless both layouts and the batch fit `world_size` ranks."""
+        """Raise ValueError unless both layouts fit `world_size` ranks."""
         own = self.num_teacher_ranks
         _require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
         for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
             if model is None:
                 continue
             try:
-                data_size = model.layout.data_size(num_ranks)
+                model.layout.data_size(num_ranks)
             except ValueError as error:
                 raise ValueError(f"{role}.layout: {error}") from None
-            if role == "student":
-                _require(
-                    self.num_sequences % (data_size * self.training.micro_batch) == 0,
-                    f"data.batch_prompts * rollout.samples_per_prompt = {self.num_sequences} sequences a step do not split evenly over "
-                    f"{data_size} data-parallel replicas x training.micro_batch={self.training.micro_batch}; change one of them",
-                )
 
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""

@@ -1,16 +1,17 @@
-"""One prompt with one response, and many of them as one padded micro-batch, and where in it the scored positions are.
+"""One prompt with one response, and many of them as one micro-batch, padded or packed, and where in it the scored positions are.
 
-Shapes: B sequences, S padded length, T scored positions of the micro-batch, sample after sample.
+Shapes: B rows, S positions of a row, N = B * S, T scored positions of the micro-batch, sample after sample.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from opd_megatron.parallel.context import context_rank, local_positions
+from opd_megatron.parallel.context import context_rank
 
 
 @dataclass(frozen=True)
@@ -35,47 +36,70 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaddedBatch:
-    """`scored_T` indexes the flattened [B * S] positions whose hidden state predicts a response token; `target_T` are those tokens."""
+class TokenBatch:
+    """Rows of text. `scored_T` indexes the flattened [B * S] positions whose hidden state predicts a response token; `target_T` are those tokens.
+
+    `sequences` are the lengths, before any split over context ranks, of what attends only to itself: B rows of S positions, or the parts of a packed row.
+    """
 
     tokens_BS: torch.Tensor
+    sequences: tuple[int, ...]
+    packed: bool
     scored_T: torch.Tensor
     target_T: torch.Tensor
     # The writer's log-probabilities; NaN where the text was given, not sampled.
     sampled_logp_T: torch.Tensor
 
-    def context_window(self, *, size: int, rank: int) -> PaddedBatch:
+    def context_window(self, *, size: int, rank: int) -> TokenBatch:
         """Return what one of `size` context ranks holds: its positions of every sequence, and the scored ones among them, counted anew."""
         if size == 1:
             return self
-        length, device = self.tokens_BS.size(1), self.tokens_BS.device
-        position_S = local_positions(length, size, rank).to(device)
-        place_T = self.scored_T % length
-        own_T = context_rank(place_T, length, size) == rank
-        row_T = self.scored_T[own_T] // length
-        return PaddedBatch(
-            tokens_BS=self.tokens_BS[:, position_S],
-            scored_T=row_T * len(position_S) + torch.searchsorted(position_S, place_T[own_T]),
+        owner_N = torch.cat([context_rank(torch.arange(length), length, size) for length in self.sequences]).to(self.tokens_BS.device)
+        own_N = owner_N == rank
+        own_T = own_N[self.scored_T]
+        place_N = own_N.cumsum(0) - 1
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS.flatten()[own_N].view(self.tokens_BS.size(0), -1),
+            scored_T=place_N[self.scored_T[own_T]],
             target_T=self.target_T[own_T],
             sampled_logp_T=self.sampled_logp_T[own_T],
         )
 
 
-def pad_samples(samples: Sequence[Sample], *, length: int, device: torch.device) -> PaddedBatch:
-    """Return one batch, right-padded to `length`."""
-    tokens_BS = torch.zeros(len(samples), length, dtype=torch.long)
-    scored, targets, logps = [], [], []
-    for row, sample in enumerate(samples):
+def pad_samples(samples: Sequence[Sample], *, length: int, num_rows: int | None = None, device: torch.device) -> TokenBatch:
+    """Return one sample a row, right-padded to `length`; rows beyond the samples, up to `num_rows`, are padding alone."""
+    num_rows = num_rows or len(samples)
+    return _lay_out(samples, [row * length for row in range(len(samples))], (length,) * num_rows, packed=False, device=device)
+
+
+def pack_samples(samples: Sequence[Sample], lengths: Sequence[int], *, row_length: int, device: torch.device) -> TokenBatch:
+    """Return one row of samples one after another, each right-padded to its length, and padding up to `row_length`."""
+    starts = list(itertools.accumulate(lengths, initial=0))
+    # Padding is cut like text: attention over one long sequence would cost more than over the samples.
+    unused, longest = row_length - starts[-1], max(lengths, default=row_length)
+    padding = [min(longest, unused - start) for start in range(0, unused, longest)]
+    return _lay_out(samples, starts[:-1], (*lengths, *padding), packed=True, device=device)
+
+
+def _lay_out(samples: Sequence[Sample], starts: Sequence[int], sequences: tuple[int, ...], *, packed: bool, device: torch.device) -> TokenBatch:
+    """Write the samples into flattened positions from `starts` on."""
+    token_N = torch.zeros(sum(sequences), dtype=torch.long)
+    # Without a sample there is nothing to concatenate.
+    scored, targets, logps = [token_N[:0]], [token_N[:0]], [torch.empty(0)]
+    for start, sample in zip(starts, samples, strict=True):
         first, count = len(sample.prompt_ids), len(sample.response_ids)
         assert first > 0, "the first response token is predicted from the prompt"
-        tokens_BS[row, :first] = sample.prompt_ids
-        tokens_BS[row, first : first + count] = sample.response_ids
+        token_N[start : start + first] = sample.prompt_ids
+        token_N[start + first : start + first + count] = sample.response_ids
         # The last prompt position predicts the first response token.
-        scored.append(torch.arange(count) + row * length + first - 1)
+        scored.append(torch.arange(count) + start + first - 1)
         targets.append(sample.response_ids)
         logps.append(sample.sampled_logp if sample.sampled_logp is not None else torch.full((count,), torch.nan))
-    return PaddedBatch(
-        tokens_BS=tokens_BS.to(device),
+    return TokenBatch(
+        tokens_BS=token_N.view(1 if packed else len(sequences), -1).to(device),
+        sequences=sequences,
+        packed=packed,
         scored_T=torch.cat(scored).to(device),
         target_T=torch.cat(targets).to(device),
         sampled_logp_T=torch.cat(logps).to(device),

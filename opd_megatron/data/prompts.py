@@ -120,7 +120,10 @@ def with_targets(prompts: PromptSet, tokenizer: Any, *, max_tokens: int) -> Prom
     """
     kept = [prompt for prompt, target_ids in _with_target_ids(prompts.prompts, tokenizer) if len(prompt.ids) + len(target_ids) <= max_tokens]
     if not kept:
-        raise ValueError(f"all {len(prompts)} prompts with their targets exceed the student's {max_tokens} positions; shorten the data")
+        raise ValueError(
+            f"all {len(prompts)} prompts with their targets are longer than {max_tokens} tokens, which is what the student or "
+            "training.micro_batch_tokens takes; shorten the data"
+        )
     return PromptSet(prompts=kept, num_dropped_long=prompts.num_dropped_long + len(prompts) - len(kept))
 
 

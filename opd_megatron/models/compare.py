@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.models.forward import forward_hidden, inference_mode
-from opd_megatron.models.gpt import head_weight
+from opd_megatron.models.gpt import ModelChunks, head_weight
 from opd_megatron.parallel.groups import ModelGroups
 
 
-def megatron_logits(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
+def megatron_logits(model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
     """Return fp32 logits [B, S, V] without padded columns on the last stage, None on the others."""
     with inference_mode(model, groups):
         hidden_BSH = forward_hidden(model, groups, tokens_BS)

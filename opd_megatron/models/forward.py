@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
 
-from opd_megatron.models.gpt import hidden_states_only
+from opd_megatron.models.gpt import ModelChunks, hidden_states_only
 from opd_megatron.parallel.groups import ModelGroups
 
 
 @contextmanager
-def inference_mode(model: GPTModel, groups: ModelGroups, *, context_parallel: bool = False) -> Iterator[None]:
+def inference_mode(model: ModelChunks, groups: ModelGroups, *, context_parallel: bool = False) -> Iterator[None]:
     """Evaluation mode, no gradients, and no sequence parallelism: a decoding step has one position, which cannot be split.
 
     With `context_parallel` the sequences stay split over the model's context ranks, for a pass over given text.
@@ -37,7 +36,7 @@ def inference_mode(model: GPTModel, groups: ModelGroups, *, context_parallel: bo
         model.train(was_training)
 
 
-def _lend_experts(model: GPTModel, groups: ModelGroups) -> None:
+def _lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
     """Run forwards of nothing but padding for as long as another replica has text: its tokens visit experts that are here."""
     # An even number of positions, which context parallelism cuts into two chunks.
     padding_BS = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
@@ -61,7 +60,7 @@ _CONTEXT = {"context_parallel_size": 1, "cp_group": None}
 
 
 @contextmanager
-def _switched_off(model: GPTModel, settings: Mapping[str, Any]) -> Iterator[None]:
+def _switched_off(model: ModelChunks, settings: Mapping[str, Any]) -> Iterator[None]:
     """Give every module that has one of these attributes another value, and afterwards what each had.
 
     Megatron's set_model_to_sequence_parallel keeps the modules of each model in a cache by id(): a freed model's weights stay in memory,
@@ -82,7 +81,7 @@ def _switched_off(model: GPTModel, settings: Mapping[str, Any]) -> Iterator[None
         RotaryEmbedding.forward.cache_clear()
 
 
-def forward_hidden(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
+def forward_hidden(model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
     """Return final hidden states [B, S, H] on every rank of the last stage, None on the others; call inside `inference_mode`.
 
     Every rank of the replica calls this with the same tokens. With a `cache`, `tokens_BS` continues the cached text,
@@ -92,20 +91,20 @@ def forward_hidden(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor
     return _forward(model, groups, tokens_BS, cache)
 
 
-def _forward(model: GPTModel, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
+def _forward(model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
     batch, length = tokens_BS.shape
     offset = cache.sequence_len_offset if cache is not None else 0
     positions_BS = torch.arange(offset, offset + length, device=tokens_BS.device).expand(batch, -1)
-    if not groups.is_first_stage:
-        received = torch.empty(length, batch, model.config.hidden_size, dtype=model.config.pipeline_dtype, device=tokens_BS.device)
-        dist.recv(received, src=groups.stage_neighbour(-1), group=groups.collection.pp)
-        model.set_input_tensor(received)
     with hidden_states_only(model):
-        # Megatron asserts gathered logits whenever a cache is used; the output layer is bypassed, so the flag costs nothing.
-        output = model(tokens_BS, positions_BS, None, inference_context=cache, runtime_gather_output=True)
+        for chunk in model:
+            if not chunk.pre_process:
+                received = torch.empty(length, batch, model.config.hidden_size, dtype=model.config.pipeline_dtype, device=tokens_BS.device)
+                dist.recv(received, src=groups.stage_neighbour(-1), group=groups.collection.pp)
+                chunk.set_input_tensor(received)
+            # Megatron asserts gathered logits whenever a cache is used; the output layer is bypassed, so the flag costs nothing.
+            output = chunk(tokens_BS, positions_BS, None, inference_context=cache, runtime_gather_output=True)
+            if not chunk.post_process:
+                dist.send(output.contiguous(), dst=groups.stage_neighbour(1), group=groups.collection.pp)
     if cache is not None:
         cache.sequence_len_offset += length
-    if not groups.is_last_stage:
-        dist.send(output.contiguous(), dst=groups.stage_neighbour(1), group=groups.collection.pp)
-        return None
-    return output
+    return output if groups.is_last_stage else None

@@ -23,11 +23,72 @@ from opd_megatron.parallel.groups import ModelGroups
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_gpt(architecture: Architecture, groups: ModelGroups, *, precision: Literal["bf16", "fp32"], vocab_multiple: int) -> GPTModel:
-    """Return this rank's pipeline stage and tensor slice, with Megatron's random initialization."""
+class ModelChunks(torch.nn.ModuleList):
+    """What one rank holds of a model, as Megatron's schedules see it: one GPTModel, or `layout.virtual` of them, in the order in which text passes through.
+
+    Between two of them text passes through all later pipeline stages.
+    """
+
+    def __iter__(self) -> Iterator[GPTModel]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The one configuration that all chunks share."""
+        return self[0].config  # type: ignore[union-attr,return-value]
+
+    @property
+    def last(self) -> GPTModel:
+        """The chunk that holds the LM head, if this rank does."""
+        return self[-1]  # type: ignore[return-value]
+
+
+def build_gpt(
+    architecture: Architecture,
+    groups: ModelGroups,
+    *,
+    precision: Literal["bf16", "fp32"],
+    vocab_multiple: int,
+    recompute: Literal["none", "full"] = "none",
+) -> ModelChunks:
+    """Return this rank's layers and tensor slice, with Megatron's random initialization; `recompute` is for training."""
     layout = groups.layout
+    config = _transformer_config(architecture, layout, precision, recompute)
+    chunks = []
+    for chunk in range(layout.virtual):
+        chunks.append(
+            GPTModel(
+                config,
+                block_spec(config, groups.stage, chunk if layout.virtual > 1 else None),
+                vocab_size=architecture.padded_vocab_size(layout.tensor, vocab_multiple),
+                max_sequence_length=architecture.max_positions,
+                pre_process=groups.is_first_stage and chunk == 0,
+                post_process=groups.is_last_stage and chunk == layout.virtual - 1,
+                position_embedding_type="rope",
+                rotary_base=architecture.rope.theta,  # type: ignore[arg-type]
+                share_embeddings_and_output_weights=architecture.tied,
+                pg_collection=groups.collection,
+                vp_stage=chunk if layout.virtual > 1 else None,
+            )
+        )
+    for model in chunks:
+        device = model.rotary_pos_emb.inv_freq.device
+        # The same bits on every device; and a model built on the meta device, which has no bits, still has its frequencies.
+        with torch.device("cpu"):
+            model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(device)
+        for name, parameter in model.named_parameters():
+            if ".local_experts." in name:
+                # Megatron says so where expert parallelism is used. But experts that are whole on every tensor rank always see other tokens than
+                # on the next one, so their gradients belong to the expert data-parallel group, which spans tensor ranks.
+                parameter.allreduce = False  # type: ignore[attr-defined]
+    return ModelChunks(chunks)
+
+
+def _transformer_config(
+    architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"], recompute: Literal["none", "full"]
+) -> TransformerConfig:
     dtype = DTYPES[precision]
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -61,30 +122,20 @@ def build_gpt(architecture: Architecture, groups: ModelGroups, *, precision: Lit
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
+        **_virtual_settings(layout),
         **_expert_settings(architecture.experts, layout),
+        **({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}),
     )
-    model = GPTModel(
-        config,
-        block_spec(config, groups.stage),
-        vocab_size=architecture.padded_vocab_size(layout.tensor, vocab_multiple),
-        max_sequence_length=architecture.max_positions,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope.theta,  # type: ignore[arg-type]
-        share_embeddings_and_output_weights=architecture.tied,
-        pg_collection=groups.collection,
-    )
-    device = model.rotary_pos_emb.inv_freq.device
-    # The same bits on every device; and a model built on the meta device, which has no bits, still has its frequencies.
-    with torch.device("cpu"):
-        model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(device)
-    for name, parameter in model.named_parameters():
-        if ".local_experts." in name:
-            # Megatron says so where expert parallelism is used. But experts that are whole on every tensor rank always see other tokens than
-            # on the next one, so their gradients belong to the expert data-parallel group, which spans tensor ranks.
-            parameter.allreduce = False  # type: ignore[attr-defined]
-    return model
+
+
+def _virtual_settings(layout: ParallelLayout) -> dict[str, Any]:
+    """Return what an interleaved pipeline needs.
+
+    Its two directions are exchanged one by one: in a batch, over two stages whose next rank is also the previous one, gloo pairs the messages wrongly.
+    """
+    if layout.virtual == 1:
+        return {}
+    return {"virtual_pipeline_model_parallel_size": layout.virtual, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def _expert_settings(experts: Experts | None, layout: ParallelLayout) -> dict[str, Any]:
@@ -124,31 +175,33 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     return torch.where(wavelength > low, frequency / rope.factor, torch.where(wavelength < high, frequency, blended))
 
 
-def head_weight(model: GPTModel) -> torch.Tensor:
+def head_weight(chunks: ModelChunks) -> torch.Tensor:
     """Return this rank's slice [W, H] of the LM head; the embedding's where they are tied. Last stage only."""
+    model = chunks.last
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
 
 
-def forget_routes(model: GPTModel) -> None:
+def forget_routes(chunks: ModelChunks) -> None:
     """Drop what the dispatchers of experts keep of the last micro-batch.
 
     These tensors hold its graph, the graph holds the gradient hooks, and the hooks hold the model: a circle through C++ that Python never collects, so that a
     model that is not needed any more would keep its memory and its process groups.
     """
-    for layer in model.decoder.layers:
+    for layer in (layer for model in chunks for layer in model.decoder.layers):
         dispatcher = getattr(layer.mlp, "token_dispatcher", None)
         kept = vars(dispatcher) if dispatcher is not None else {}
         kept.update({name: None for name, value in kept.items() if isinstance(value, torch.Tensor) and value.grad_fn is not None})
 
 
 @contextmanager
-def hidden_states_only(model: GPTModel) -> Iterator[None]:
+def hidden_states_only(chunks: ModelChunks) -> Iterator[None]:
     """Make the last stage's forward return final hidden states [B, S, H] (S / tensor under sequence parallelism) instead of logits.
 
     GPTModel has no hook before its output layer in 0.16; from 0.18 `forward(output_processor=...)` can replace this.
     """
+    model = chunks.last
     if not model.post_process:
         yield
         return

@@ -5,11 +5,14 @@ They run on CPU and on CUDA alike; on CUDA, PyTorch's scaled-dot-product attenti
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
@@ -38,14 +41,31 @@ class SDPAttention(MegatronModule):
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor:
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
         """Attend causally. One query over a longer key is a decoding step: it sees the whole cache.
 
-        Responses are padded on the right, so a causal mask alone keeps padding out of every real position.
+        Responses are padded on the right, so a causal mask alone keeps padding out of every real position. Packed sequences come without B, and each is
+        attended on its own.
         """
         assert attention_mask is None, "padding is on the right: no mask is needed"
-        if self.cp_group is not None and self.cp_group.size() > 1:
-            return self._over_context(query, key, value)
+        size = self.cp_group.size() if self.cp_group is not None else 1
+        lengths = [query.size(0)]
+        if packed_seq_params is not None:
+            lengths = [length // size for length in packed_seq_params.cu_seqlens_q.diff().tolist()]
+            query, key, value = (x[:, None] for x in (query, key, value))
+        if size > 1:
+            return self._over_context(query, key, value, lengths)
+        if packed_seq_params is not None:
+            return torch.cat([self._attend(*qkv, is_causal=True) for qkv in zip(*(x.split(lengths) for x in (query, key, value)))])
         num_queries, num_keys = query.size(0), key.size(0)
         assert num_queries in (1, num_keys), "a cached prompt is continued one token at a time"
         return self._attend(query, key, value, is_causal=num_queries > 1)
@@ -55,13 +75,18 @@ class SDPAttention(MegatronModule):
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=q.size(1) != k.size(1), **causality)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _over_context(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attend from this rank's two chunks, each to everything before it and to itself causally."""
-        size, rank, chunk = self.cp_group.size(), self.cp_group.rank(), query.size(0) // 2
+    def _over_context(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Attend from this rank's two chunks of every sequence, each to everything before it and to itself causally; `lengths` are of these chunks."""
         gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1).contiguous(), group=self.cp_group)
+        parts = gathered.unflatten(0, (self.cp_group.size(), key.size(0))).split(lengths, dim=1)
+        return torch.cat([self._own_chunks(own, pairs, key.size(-1)) for own, pairs in zip(query.split(lengths), parts)])
+
+    def _own_chunks(self, query: torch.Tensor, gathered: torch.Tensor, key_width: int) -> torch.Tensor:
+        """Attend within one sequence; `gathered` [C, two chunks, ...] are the keys and values of every context rank."""
+        size, rank, chunk = self.cp_group.size(), self.cp_group.rank(), query.size(0) // 2
         # Each rank sent its chunk c, then its chunk 2C-1-c.
-        pairs = gathered.unflatten(0, (size, 2, chunk))
-        key, value = torch.cat([pairs[:, 0], pairs[:, 1].flip(0)]).flatten(0, 1).split([key.size(-1), value.size(-1)], dim=-1)
+        pairs = gathered.unflatten(1, (2, chunk))
+        key, value = torch.cat([pairs[:, 0], pairs[:, 1].flip(0)]).flatten(0, 1).split([key_width, gathered.size(-1) - key_width], dim=-1)
         out = []
         for number, part in zip((rank, 2 * size - 1 - rank), query.split(chunk)):
             seen = (number + 1) * chunk
@@ -69,8 +94,18 @@ class SDPAttention(MegatronModule):
         return torch.cat(out)
 
 
-def block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
-    """Return the layers of one pipeline stage."""
+def packed_sequences(lengths: Sequence[int]) -> PackedSeqParams:
+    """Return how Megatron-Core is told where the sequences of a packed row begin; their lengths are those before a split over context ranks.
+
+    The boundaries stay on the host: rotary embedding and attention read them as numbers, which from a GPU would cost a synchronization each time.
+    """
+    boundaries = torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
+    longest = max(lengths)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
+def block_spec(config: TransformerConfig, stage: int, chunk: int | None) -> TransformerBlockSubmodules:
+    """Return the layers of one pipeline stage, or of one of its chunks."""
     layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     if config.num_moe_experts is not None:
         _route_without_transformer_engine()
@@ -82,7 +117,7 @@ def block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodu
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config, None, stage)
+    num_layers = get_num_layers_to_build(config, chunk, stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 

@@ -16,13 +16,13 @@ from typing import Protocol
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.gpt import ModelChunks
 from opd_megatron.models.hf_folder import HFFolder, copy_assets, folder_written_whole, open_hf_folder, read_architecture
 from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor, local_slice, name_in_layer, to_hf, to_megatron, vocab_slice, weight_map
 from opd_megatron.parallel.groups import ModelGroups
@@ -151,7 +151,7 @@ def _stored_shape(row: MappedTensor, architecture: Architecture) -> tuple[int, .
     return (architecture.experts.num_experts, *row.shape)
 
 
-def load_model(model: GPTModel, groups: ModelGroups, source: WeightSource, *, vocab_multiple: int) -> None:
+def load_model(model: ModelChunks, groups: ModelGroups, source: WeightSource, *, vocab_multiple: int) -> None:
     """Copy this rank's slice of every weight into the model, in the model's dtype."""
     architecture = source.architecture
     rows = {row.name: row for row in weight_map(architecture)}
@@ -163,17 +163,18 @@ def load_model(model: GPTModel, groups: ModelGroups, source: WeightSource, *, vo
             parameter.copy_(piece)
 
 
-def named_global_parameters(model: GPTModel, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_global_parameters(model: ModelChunks, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield every parameter of this rank with the name of its row in the weight map; a tied head answers to the embedding's."""
-    for name, parameter in model.named_parameters():
-        if name == HEAD and architecture.tied:
-            name = EMBEDDING
-        local = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
-        if local:
-            layer = model.decoder.layers[int(local[1])]
-            local_experts = layer.mlp.local_expert_indices if architecture.experts else []
-            name = f"decoder.layers.{layer.layer_number - 1}.{name_in_layer(local[2], architecture, local_experts)}"
-        yield name, parameter
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            if name == HEAD and architecture.tied:
+                name = EMBEDDING
+            local = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+            if local:
+                layer = chunk.decoder.layers[int(local[1])]
+                local_experts = layer.mlp.local_expert_indices if architecture.experts else []
+                name = f"decoder.layers.{layer.layer_number - 1}.{name_in_layer(local[2], architecture, local_experts)}"
+            yield name, parameter
 
 
 def load_head_slice(source: WeightSource, groups: ModelGroups, *, padded_vocab: int, dtype: torch.dtype) -> torch.Tensor:

@@ -12,9 +12,8 @@ from opd_megatron.config import ParallelLayout
 
 
 def length_multiple(layout: ParallelLayout) -> int:
-    """Return what a padded length must be a multiple of: two chunks for every context rank, each split over the tensor group under sequence parallelism."""
-    chunks = 2 * layout.context if layout.context > 1 else 1
-    return chunks * (layout.tensor if layout.sequence else 1)
+    """Return what the length of a row must be a multiple of: its chunks are split over the tensor group under sequence parallelism."""
+    return layout.sequence_multiple * (layout.tensor if layout.sequence else 1)
 
 
 def padded_length(longest: int, layout: ParallelLayout) -> int:
@@ -29,9 +28,3 @@ def context_rank(position_R: torch.Tensor, length: int, size: int) -> torch.Tens
         return torch.zeros_like(position_R)
     chunk_R = position_R // (length // (2 * size))
     return torch.minimum(chunk_R, 2 * size - 1 - chunk_R)
-
-
-def local_positions(length: int, size: int, rank: int) -> torch.Tensor:
-    """Return the positions [S / C] that a context rank holds, in order."""
-    position_S = torch.arange(length)
-    return position_S[context_rank(position_S, length, size) == rank]

@@ -76,9 +76,9 @@ class ModelGroups:
         return self.grid.last_stage_ranks(self.cell.data, self.cell.context)[0]
 
     def stage_neighbour(self, offset: int) -> int:
-        """Return the global rank that holds this rank's slice `offset` stages further."""
+        """Return the global rank that holds this rank's slice `offset` stages further; after the last stage comes the first one's next chunk."""
         cell = self.cell
-        return self.grid.rank_of(tensor=cell.tensor, context=cell.context, data=cell.data, stage=cell.stage + offset)
+        return self.grid.rank_of(tensor=cell.tensor, context=cell.context, data=cell.data, stage=(cell.stage + offset) % self.layout.pipeline)
 
     def picture(self, name: str) -> str:
         return self.grid.picture(name)
@@ -90,6 +90,7 @@ def student_groups(layout: ParallelLayout, seed: int) -> ModelGroups:
     parallel_state.initialize_model_parallel(
         layout.tensor,
         layout.pipeline,
+        layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,

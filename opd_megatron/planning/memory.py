@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from opd_megatron.models.gpt import DTYPES
-from opd_megatron.planning.activations import FP32_BYTES, forward_bytes_per_token, stage_activation_bytes
+from opd_megatron.planning.activations import FP32_BYTES, MicroBatchShape, chunk_activation_bytes, forward_bytes_per_token, layer_bytes
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
 from opd_megatron.planning.step_shape import StepShape
 
@@ -99,19 +99,21 @@ def _states(rank: PlannedRank, student: PlannedModel) -> list[Term]:
 def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> list[Term]:
     """Activations and, on the last stage, the loss."""
     architecture, groups = student.known.architecture, student.groups
-    itemsize, micro_batch = student.dtype.itemsize, rank.config.training.micro_batch
-    one = stage_activation_bytes(
-        architecture,
-        groups.layout,
-        itemsize=itemsize,
-        micro_batch=micro_batch,
-        num_tokens=shape.micro_batch_tokens,
-        num_layers=student.counts.num_layers,
-        is_last=groups.is_last_stage,
+    itemsize, flight, layout = student.dtype.itemsize, shape.num_in_flight, groups.layout
+    plan, recompute = shape.training_plan, rank.config.training.recompute
+    batch = MicroBatchShape(num_tokens=shape.micro_batch_tokens, num_rows=plan.num_rows, packed=plan.packed, longest=max(plan.lengths))
+    # Of chunks, the last one is the largest: where it ends in a norm.
+    num_layers = student.counts.num_layers // layout.virtual
+    one = chunk_activation_bytes(
+        architecture, layout, batch, itemsize=itemsize, num_layers=num_layers, is_last=groups.is_last_stage, recompute=recompute == "full"
     )
-    flight = shape.num_in_flight
-    why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {student.counts.num_layers} layers"
+    layers = f"{num_layers} layers" + (f" of a chunk, {layout.virtual} chunks" if layout.virtual > 1 else "")
+    kept = "inputs of layers only" if recompute == "full" else "all that a backward needs"
+    why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {layers}; recompute={recompute}: {kept}"
     terms = [Term(name="activations", phase="train", num_bytes=flight * one, why=why)]
+    if recompute == "full":
+        why = f"1 layer x {shape.micro_batch_tokens:,} tokens, computed again for its backward"
+        terms.append(Term(name="recomputed layer", phase="train", num_bytes=layer_bytes(architecture, layout, batch, itemsize), why=why))
     if not groups.is_last_stage:
         return terms
     num_columns, chunk = rank.padded_vocab // groups.layout.tensor, max(shape.chunk_tokens, default=0)

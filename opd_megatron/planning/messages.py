@@ -7,7 +7,7 @@ Shapes: B sequences, S padded length, T scored positions of a micro-batch, N tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from opd_megatron.planning.activations import FP32_BYTES
@@ -86,8 +86,8 @@ def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str
         step_why = "whether any replica has text, before each pass and once in vain"
         yield Message(phase=phase, group=f"{role} TP x CP x DP", operation="all-reduce", count=passes + 1, num_bytes=FP32_BYTES, why=step_why)
         yield from _experts(model, phase, role, passes, tokens)
-    if not groups.is_last_stage:
-        yield Message(phase=phase, group=f"{role} PP", operation="send", count=passes, num_bytes=num_bytes, why=why)
+    sends = passes * (groups.layout.virtual - groups.is_last_stage)
+    yield Message(phase=phase, group=f"{role} PP", operation="send", count=sends, num_bytes=num_bytes, why=why)
 
 
 def _split_blocks(model: PlannedModel) -> int:
@@ -95,16 +95,16 @@ def _split_blocks(model: PlannedModel) -> int:
     return 1 if model.known.architecture.experts else 2
 
 
-def _experts(model: PlannedModel, phase: str, role: str, passes: int, tokens: int, *, backward: bool = False) -> Iterator[Message]:
+def _experts(model: PlannedModel, phase: str, role: str, passes: int, tokens: int, directions: Sequence[str] = ("forward",)) -> Iterator[Message]:
     """Copies of `tokens` to the ranks of their experts and back, in every layer."""
     experts, group, size = model.known.architecture.experts, f"{role} EP", model.groups.layout.expert
     if experts is None or size == 1:
         return
     count, copies = passes * model.counts.num_layers, tokens * experts.experts_per_token
-    for direction in ("forward", "backward") if backward else ("forward",):
-        if direction == "forward":
-            num_bytes = _INDEX_BYTES * experts.num_experts * size
-            yield Message(phase=phase, group=group, operation="all-gather", count=count, num_bytes=num_bytes, why="forward: copies for every expert, 1 a layer")
+    for direction in directions:
+        if direction != "backward":
+            num_bytes, why = _INDEX_BYTES * experts.num_experts * size, f"{direction}: copies for every expert, 1 a layer"
+            yield Message(phase=phase, group=group, operation="all-gather", count=count, num_bytes=num_bytes, why=why)
         why = f"{direction}: copies out and back, 2 a layer: [{experts.experts_per_token} x tokens, H]"
         yield Message(phase=phase, group=group, operation="all-to-all", count=2 * count, num_bytes=copies * _row_bytes(model), why=why)
         why = f"{direction}: weights of copies, 1 a layer, fp32"
@@ -114,7 +114,7 @@ def _experts(model: PlannedModel, phase: str, role: str, passes: int, tokens: in
 def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """Forward and backward of every micro-batch."""
     batches, groups, layout = shape.num_micro_batches, student.groups, student.groups.layout
-    activation = shape.micro_batch_tokens * _row_bytes(student)
+    activation, again = shape.micro_batch_tokens * _row_bytes(student), rank.config.training.recompute == "full"
 
     def tensor(operation: str, per_batch: int, why: str, num_bytes: int = activation) -> Message:
         return Message(phase="train", group="student TP", operation=operation, count=batches * per_batch, num_bytes=num_bytes, why=why)
@@ -128,19 +128,31 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Ite
             # The input of a split projection is gathered again for the gradient of its weight.
             yield tensor("all-gather", 2 * blocks + first, f"backward: {2 * per_layer} a layer, 1 embedding: [S, B, H]")
             yield tensor("reduce-scatter", blocks + last, f"backward: {per_layer} a layer, 1 before the head: [S, B, H]")
+            if again:
+                yield tensor("all-gather", blocks, f"recomputation: {per_layer} a layer: [S, B, H]")
+                yield tensor("reduce-scatter", blocks, f"recomputation: {per_layer} a layer: [S, B, H]")
         else:
             yield tensor("all-reduce", blocks + first, f"forward: {per_layer} a layer, 1 embedding: [S, B, H]")
             yield tensor("all-reduce", blocks, f"backward: {per_layer} a layer: [S, B, H]")
+            yield tensor("all-reduce", blocks * again, f"recomputation: {per_layer} a layer: [S, B, H]")
             yield tensor("all-reduce", last, "backward: hidden states before the head: [T, H]", shape.scored_tokens * _row_bytes(student))
         if last:
             yield from _loss(rank, shape)
     if layout.context > 1:
         count, num_bytes = batches * student.counts.num_layers, shape.micro_batch_tokens * layout.context * _key_value_bytes(student)
         why = "keys and values of a layer, of all positions"
-        yield Message(phase="train", group="student CP", operation="all-gather", count=count, num_bytes=num_bytes, why=f"forward: {why}")
+        times = "forward and recomputation" if again else "forward"
+        yield Message(phase="train", group="student CP", operation="all-gather", count=count * (1 + again), num_bytes=num_bytes, why=f"{times}: {why}")
         yield Message(phase="train", group="student CP", operation="reduce-scatter", count=count, num_bytes=num_bytes, why=f"backward: {why}")
-    yield from _experts(student, "train", "student", batches, shape.micro_batch_tokens // (layout.tensor if layout.sequence else 1), backward=True)
-    sends = batches * ((not groups.is_last_stage) + (not groups.is_first_stage))
+    yield from _experts(
+        student,
+        "train",
+        "student",
+        batches,
+        shape.micro_batch_tokens // (layout.tensor if layout.sequence else 1),
+        ("forward", "recomputation", "backward")[:: 1 if again else 2],
+    )
+    sends = batches * (2 * layout.virtual - groups.is_last_stage - groups.is_first_stage)
     num_bytes = activation // (layout.tensor if layout.sequence else 1)
     yield Message(phase="train", group="student PP", operation="send", count=sends, num_bytes=num_bytes, why="forward and backward [S, B, H]")
 
@@ -166,16 +178,16 @@ def _optimizer(rank: PlannedRank, student: PlannedModel) -> Iterator[Message]:
     data, experts = ("student DP x CP", groups.num_writers), ("student expert DP", student.num_expert_copies)
     # Megatron-Core has an optimizer of its own for experts, and each of the two gathers the weights of both.
     gathers = 2 if student.counts.num_expert_parameters else 1
-    # An embedding that two stages share has a bucket of its own, experts a buffer.
-    for count, what, (group, num_ranks) in (
-        (student.counts.num_parameters - student.counts.num_expert_parameters - shared, "parameters", data),
-        (shared, "parameters of the tied embedding", data),
-        (student.counts.num_expert_parameters, "parameters of experts", experts),
+    # An embedding that two stages share has a bucket of its own, experts a buffer, and every chunk its own buffers.
+    for count, what, (group, num_ranks), times in (
+        (student.counts.num_parameters - student.counts.num_expert_parameters - shared, "parameters", data, layout.virtual),
+        (shared, "parameters of the tied embedding", data, 1),
+        (student.counts.num_expert_parameters, "parameters of experts", experts, layout.virtual),
     ):
         if num_ranks > 1 and count:
-            gradients, weights = f"gradients of {count:,} {what}, fp32", f"{count:,} updated {what}"
-            yield Message(phase="optimizer", group=group, operation="reduce-scatter", count=1, num_bytes=count * FP32_BYTES, why=gradients)
-            yield Message(phase="optimizer", group=group, operation="all-gather", count=gathers, num_bytes=count * student.dtype.itemsize, why=weights)
+            gradients, weights, each = f"gradients of {count:,} {what}, fp32", f"{count:,} updated {what}", count // times
+            yield Message(phase="optimizer", group=group, operation="reduce-scatter", count=times, num_bytes=each * FP32_BYTES, why=gradients)
+            yield Message(phase="optimizer", group=group, operation="all-gather", count=gathers * times, num_bytes=each * student.dtype.itemsize, why=weights)
     if shared:
         why = "gradient of the tied embedding [W, H], fp32, between first and last stage"
         yield Message(phase="optimizer", group="student PP ends", operation="all-reduce", count=1, num_bytes=FP32_BYTES * shared, why=why)

@@ -106,7 +106,7 @@ def _count(architecture: Architecture, groups: ModelGroups, precision: Literal["
         parameters = dict(model.named_parameters())
         partial = [parameter for name, parameter in parameters.items() if getattr(parameter, "sequence_parallel", False) or _HEAD_NORM.search(name)]
         _counted[key] = Counts(
-            num_layers=len(model.decoder.layers),
+            num_layers=sum(len(chunk.decoder.layers) for chunk in model),
             num_parameters=sum(parameter.numel() for parameter in parameters.values()),
             num_expert_parameters=sum(parameter.numel() for parameter in parameters.values() if not getattr(parameter, "allreduce", True)),
             num_partial_parameters=sum(parameter.numel() for parameter in partial) if groups.layout.tensor > 1 else 0,

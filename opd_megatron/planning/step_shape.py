@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from opd_megatron.data.batch_plan import TrainingBatches, TrainingPlan
 from opd_megatron.losses.vocab_parallel import token_chunks
 from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.parallel.layout import replica_share
+from opd_megatron.planning.payload import longest_samples
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
 
 
@@ -27,10 +30,17 @@ class StepShape:
     def response_tokens(self) -> int:
         return self.rank.config.rollout.max_response_tokens
 
+    @cached_property
+    def training_plan(self) -> TrainingPlan:
+        """The micro-batches of all replicas, as the run makes them."""
+        groups = self._student.groups
+        return TrainingBatches.of(self.rank.config, groups.data_size).plan(longest_samples(self.rank.config))
+
     @property
     def micro_batch_tokens(self) -> int:
-        """Positions of one training micro-batch that this rank computes: B S, over its context group."""
-        return self.rank.config.training.micro_batch * self._tokens_of(self._student)
+        """Positions of one training micro-batch that this rank computes, over its context group."""
+        plan = self.training_plan
+        return plan.num_rows * plan.row_length // self._student.groups.layout.context
 
     @property
     def teacher_batch_tokens(self) -> int:
@@ -39,22 +49,27 @@ class StepShape:
 
     @property
     def scored_tokens(self) -> int:
-        """T: positions of one micro-batch that have a loss and lie on this rank."""
-        groups, prompt_tokens = self._student.groups, self.rank.config.data.max_prompt_tokens
-        position_R = torch.arange(self.response_tokens) + prompt_tokens - 1
-        length = padded_length(prompt_tokens + self.response_tokens, groups.layout)
-        own = context_rank(position_R, length, groups.layout.context) == groups.cell.context
-        return self.rank.config.training.micro_batch * int(own.sum())
+        """T: positions of the fullest micro-batch that have a loss and lie on this rank."""
+        groups, plan = self._student.groups, self.training_plan
+        position_R = torch.arange(self.response_tokens) + self.rank.config.data.max_prompt_tokens - 1
+        own = context_rank(position_R, plan.lengths[0], groups.layout.context) == groups.cell.context
+        return max(map(len, plan.micro_batches[groups.data_rank])) * int(own.sum())
 
     @property
     def num_micro_batches(self) -> int:
-        return self.share_of(self._student) // self.rank.config.training.micro_batch
+        return len(self.training_plan.micro_batches[0])
 
     @property
     def num_in_flight(self) -> int:
-        """Micro-batches whose activations this stage holds at once in the 1F1B schedule: one per stage from here to the last."""
-        groups = self._student.groups
-        return min(self.num_micro_batches, groups.layout.pipeline - groups.stage)
+        """Micro-batches, each on one chunk of layers, whose activations this stage holds at once.
+
+        One per stage from here to the last in the 1F1B schedule; in the interleaved one twice as many further ones, and a whole round for each other chunk:
+        `get_pp_rank_microbatches` of Megatron-Core.
+        """
+        groups, layout = self._student.groups, self._student.groups.layout
+        after = layout.pipeline - groups.stage - 1
+        warm_up = after if layout.virtual == 1 else 2 * after + (layout.virtual - 1) * layout.pipeline
+        return min(self.num_micro_batches * layout.virtual, warm_up + 1)
 
     @property
     def teacher_batch(self) -> int:

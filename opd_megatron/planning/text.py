@@ -48,7 +48,8 @@ def as_json(plan: Plan, gpu_memory_bytes: int) -> dict[str, Any]:
 
 def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
     grid, layout = model.grid, model.grid.layout
-    sizes = f"TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {grid.data_size}"
+    virtual = f" of {layout.virtual} chunks each" if layout.virtual > 1 else ""
+    sizes = f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP {grid.data_size}"
     own = f", the last {grid.num_ranks} of {plan.config.world_size}" if grid.first_rank else ""
     yield f"{model.role + ':':<9}{grid.num_ranks} ranks = {sizes}{own}; architecture from {model.known.source}"
     if grid.first_rank and plan.config.teacher is not None and plan.config.teacher.staleness:
@@ -64,9 +65,11 @@ def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
 def _batch(plan: Plan) -> str:
     config = plan.config
     samples = config.rollout.samples_per_prompt if config.training.objective == "opd" else 1
+    limit = config.training.micro_batch_tokens
+    size = f"at most {limit:,} tokens, packed" if limit is not None else f"{config.training.micro_batch}"
     return (
         f"batch:   {config.data.batch_prompts} prompts x {samples} = {config.num_sequences} sequences"
-        f" = DP {plan.models[0].grid.data_size} x {plan.num_micro_batches} micro-batches x {config.training.micro_batch}"
+        f" over DP {plan.models[0].grid.data_size} x {plan.num_micro_batches} micro-batches of {size}"
     )
 
 

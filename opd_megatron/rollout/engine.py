@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.losses.head_products import head_logits
 from opd_megatron.models.forward import forward_hidden, inference_mode
-from opd_megatron.models.gpt import head_weight
+from opd_megatron.models.gpt import ModelChunks, head_weight
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.rollout.sampling import SamplingSettings, sample_tokens, uniform_stream
 
@@ -33,7 +32,7 @@ class Response:
 class Sampler:
     """One model as a writer. Every rank of a replica calls `generate` with the same prompts and gets the same responses."""
 
-    def __init__(self, model: GPTModel, groups: ModelGroups, *, vocab_size: int, eos_ids: Sequence[int], batch_sequences: int) -> None:
+    def __init__(self, model: ModelChunks, groups: ModelGroups, *, vocab_size: int, eos_ids: Sequence[int], batch_sequences: int) -> None:
         self.model = model
         self.groups = groups
         self.vocab_size = vocab_size

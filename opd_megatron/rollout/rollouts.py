@@ -25,14 +25,10 @@ class Rollouts:
     samples: tuple[Sample, ...]
     policy_version: int
 
-    def share(self, rank: int, size: int) -> range:
-        """Return the indices of the contiguous share of one data-parallel replica."""
-        return replica_share(len(self.samples), rank, size)
-
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return max(sample.num_tokens for sample in self.samples)
+    def num_tokens(self) -> list[int]:
+        """Tokens of every sample, prompt and response."""
+        return [sample.num_tokens for sample in self.samples]
 
     @property
     def num_response_tokens(self) -> int:

@@ -11,21 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from opd_megatron.data.batch_plan import Place, TrainingBatches, plan_scoring
 from opd_megatron.data.batches import Sample
-from opd_megatron.parallel.context import context_rank, padded_length
+from opd_megatron.parallel.context import context_rank
 from opd_megatron.parallel.layout import RankGrid
 from opd_megatron.parallel.payload import PayloadPlan, deliver, plan_payload
 from opd_megatron.parallel.world import Bridge
 from opd_megatron.rollout.rollouts import Rollouts
-from opd_megatron.teacher.scorer import scored_together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where one model has a sample: in which replica, padded to which length."""
-
-    replica: int
-    length: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +45,17 @@ class Router:
     teacher: RankGrid
     student: RankGrid
     teacher_micro_batch: int
+    student_batches: TrainingBatches
     width: int
     dtype: torch.dtype
     bridge: Bridge
 
     def route(self, rollouts: Rollouts) -> Route:
         """Return what travels for these samples."""
-        pieces = cut_into_pieces(rollouts.samples, self.teacher, self._teacher_places(rollouts), self.student, self._student_places(rollouts))
+        num_tokens = rollouts.num_tokens
+        scoring = plan_scoring(num_tokens, self.teacher.layout, self.teacher.data_size, self.teacher_micro_batch)
+        training = self.student_batches.plan(num_tokens)
+        pieces = cut_into_pieces(rollouts.samples, self.teacher, scoring.places(), self.student, training.places())
         plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
         return Route(pieces=tuple(pieces), plan=plan)
 
@@ -88,19 +84,6 @@ class Router:
         ):
             parts.setdefault(pieces[index].sample, []).append(rows_RG)
         return {sample: torch.cat(rows) for sample, rows in parts.items()}
-
-    def _teacher_places(self, rollouts: Rollouts) -> list[Place]:
-        places: dict[int, Place] = {}
-        for replica in range(self.teacher.data_size):
-            for batch in scored_together(rollouts, replica, self.teacher.data_size, self.teacher_micro_batch):
-                length = padded_length(max(rollouts.samples[index].num_tokens for index in batch), self.teacher.layout)
-                places |= dict.fromkeys(batch, Place(replica=replica, length=length))
-        return [places[index] for index in range(len(rollouts.samples))]
-
-    def _student_places(self, rollouts: Rollouts) -> list[Place]:
-        size = self.student.data_size
-        length = padded_length(rollouts.longest, self.student.layout)
-        return [Place(replica=replica, length=length) for replica in range(size) for _ in rollouts.share(replica, size)]
 
 
 def cut_into_pieces(

@@ -5,6 +5,7 @@ Shapes: R scored positions of one sample, G teacher hidden, W slice of the stude
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,18 @@ class Leave:
     status: Literal["finished", "interrupted", "refused"] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherRows:
+    """Hidden states [R, G] by sample, at the scored positions that this rank's context window of the student holds; `nothing` has none, [0, G]."""
+
+    rows: Mapping[int, torch.Tensor]
+    nothing: torch.Tensor
+
+    def of(self, samples: Sequence[int]) -> torch.Tensor:
+        """Return the rows [T, G] of these samples, one after another."""
+        return torch.cat([self.nothing, *(self.rows[index] for index in samples if index in self.rows)])
+
+
 class Teacher:
     """Its LM head, cut as the student's vocabulary is, and the way to its hidden states: `scorer` on these ranks, or ranks of its own."""
 
@@ -62,23 +75,18 @@ class Teacher:
         if self.scorer is None:
             self._router.bridge.tell_teacher(Score(rollouts=rollouts))
 
-    def fetch(self) -> dict[int, torch.Tensor]:
-        """Return {sample index: hidden states [R, G]} of the batch asked for, for the samples of this rank's student replica; empty before the last stage.
-
-        R are the scored positions that this rank's context window of the student holds.
-        """
+    def fetch(self) -> TeacherRows | None:
+        """Return the hidden states of the batch asked for, at the scored positions of this rank's student replica; None before the last stage."""
         rollouts, self._asked = self._asked, None
         assert rollouts is not None, "nothing was asked for"
         route = self._router.route(rollouts)
         self.payload_bytes = self._router.num_bytes(route)
         received = self._router.deliver(route, self.scorer.hidden_rows(rollouts) if self.scorer is not None else {}, self.device)
         if not self._student_groups.is_last_stage:
-            return {}
-        nothing = torch.empty(0, self._router.width, dtype=self.dtype, device=self.device)
-        share = rollouts.share(self._student_groups.data_rank, self._student_groups.data_size)
-        return {index: received.get(index, nothing) for index in share}
+            return None
+        return TeacherRows(rows=received, nothing=torch.empty(0, self._router.width, dtype=self.dtype, device=self.device))
 
-    def score(self, rollouts: Rollouts) -> dict[int, torch.Tensor]:
+    def score(self, rollouts: Rollouts) -> TeacherRows | None:
         """Ask and fetch."""
         self.ask(rollouts)
         return self.fetch()

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-
-from opd_megatron.data.batches import pad_samples
-from opd_megatron.parallel.context import padded_length
+from opd_megatron.data.batches import pack_samples, pad_samples
 from opd_megatron.rollout.rollouts import Rollouts
+from opd_megatron.teacher.teacher import TeacherRows
 from opd_megatron.training.objective import MicroBatch
 from opd_megatron.training.student import Student
 
 
-def make_micro_batches(student: Student, rollouts: Rollouts, teacher_hidden: Mapping[int, torch.Tensor]) -> list[MicroBatch]:
-    """Return this replica's share. Each is padded to the longest sample of the whole step: pipeline stages exchange one shape.
+def make_micro_batches(student: Student, rollouts: Rollouts, teacher: TeacherRows | None) -> list[MicroBatch]:
+    """Return this replica's micro-batches, as this context rank sees them.
 
-    `teacher_hidden` holds the scored rows [R, G] of this context rank for every sample of the share on the last stage; it is empty elsewhere and
-    without a teacher.
+    `teacher` has the scored rows of every sample of the replica on the last stage; it is None on the others and without a teacher.
     """
-    groups, size = student.groups, student.micro_batch
-    share = rollouts.share(groups.data_rank, groups.data_size)
-    length = padded_length(rollouts.longest, groups.layout)
+    groups = student.groups
+    plan = student.batches.plan(rollouts.num_tokens)
     batches = []
-    for start in range(share.start, share.stop, size):
-        chosen = range(start, start + size)
-        batch = pad_samples([rollouts.samples[index] for index in chosen], length=length, device=student.device)
+    for chosen in plan.micro_batches[groups.data_rank]:
+        samples = [rollouts.samples[index] for index in chosen]
+        if plan.packed:
+            batch = pack_samples(samples, [plan.lengths[index] for index in chosen], row_length=plan.row_length, device=student.device)
+        else:
+            batch = pad_samples(samples, length=plan.row_length, num_rows=plan.num_rows, device=student.device)
         batch = batch.context_window(size=groups.layout.context, rank=groups.cell.context)
-        hidden_TG = torch.cat([teacher_hidden[index] for index in chosen]) if teacher_hidden else None
-        batches.append(MicroBatch(batch=batch, teacher_hidden_TG=hidden_TG))
+        batches.append(MicroBatch(batch=batch, teacher_hidden_TG=teacher.of(chosen) if teacher is not None else None))
     return batches

@@ -24,12 +24,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from opd_megatron.models.hf_folder import copy_assets
 from opd_megatron.models.weights import ASSETS_FOLDER, DAMAGE, CheckpointWeights, damage_in
 from opd_megatron.parallel.world import shared_errors
+from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts
 from opd_megatron.training.optimizer import has_finite_state, prime_adam, unshare_adam_step
 from opd_megatron.training.student import Student
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_FILE = "progress.json"
+# With teacher.staleness=1: the next step's samples, which the weights before this checkpoint's last update wrote.
+_AHEAD_FILE = "written_ahead.jsonl"
 # Optimizer state takes the shape of the parameters, so that any layout loads it; one tensor per layer keeps a reader's memory small.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -62,8 +65,11 @@ class CheckpointFolder:
         steps = self._steps()
         return steps[-1] if steps else None
 
-    def save(self, student: Student, progress: Progress) -> Path:
-        """Write `step_N`, then drop all but the newest `keep`; ValueError on every rank if the disk does not take it, older ones stay."""
+    def save(self, student: Student, progress: Progress, ahead: Rollouts | None = None) -> Path:
+        """Write `step_N`, with the samples that wait for the next step, then drop all but the newest `keep`.
+
+        ValueError on every rank if the disk does not take it; older ones stay.
+        """
         final, partial = self.path / f"step_{progress.step}", self.path / f"step_{progress.step}.partial"
         needed_bytes = _checkpoint_bytes(student)
         with shared_errors():
@@ -89,7 +95,7 @@ class CheckpointFolder:
             raise ValueError(f"cannot write checkpoint {final}: {damage_in(error)}; {self._what_is_kept()}") from error
         with shared_errors():
             if dist.get_rank() == 0:
-                self._publish(partial, final, progress)
+                self._publish(partial, final, progress, ahead)
         return final
 
     def load(self, student: Student, checkpoint: Path) -> Progress:
@@ -101,6 +107,15 @@ class CheckpointFolder:
         student.scheduler.step(increment=progress.step)
         return progress
 
+    def written_ahead(self, checkpoint: Path) -> Rollouts | None:
+        """Return the samples that were waiting for the step after this checkpoint; ValueError if they are damaged."""
+        file = checkpoint / _AHEAD_FILE
+        with shared_errors():
+            try:
+                return replay_rollouts(file) if file.is_file() else None
+            except ValueError as error:
+                raise ValueError(f"{checkpoint} is damaged: {error}; {self._way_out(checkpoint)}") from None
+
     def _fill(self, student: Student, checkpoint: Path) -> None:
         prime_adam(student.optimizer)
         wanted = _sharded_state(student, is_loading=True)
@@ -109,7 +124,8 @@ class CheckpointFolder:
                 state = dist_checkpointing.load(wanted, str(checkpoint))
             except DAMAGE as error:
                 raise ValueError(f"{checkpoint} is damaged: {damage_in(error)}; {self._way_out(checkpoint)}") from error
-        student.model.load_state_dict(state["model"], strict=True)
+        for chunk, tensors in zip(student.model, state["model"], strict=True):
+            chunk.load_state_dict(tensors, strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
         unshare_adam_step(student.optimizer)
         with shared_errors():
@@ -142,8 +158,10 @@ class CheckpointFolder:
         latest = self.latest()
         return f"{latest.name} is untouched: make room and start again to resume from it" if latest else "this run has no earlier checkpoint"
 
-    def _publish(self, partial: Path, final: Path, progress: Progress) -> None:
+    def _publish(self, partial: Path, final: Path, progress: Progress, ahead: Rollouts | None) -> None:
         copy_assets(self.assets, partial / ASSETS_FOLDER)
+        if ahead is not None:
+            record_rollouts(ahead, partial / _AHEAD_FILE)
         (partial / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -157,7 +175,7 @@ class CheckpointFolder:
 
 def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_SHARDING, "dp_cp_group": student.groups.collection.dp_cp}
-    model = student.model.sharded_state_dict(metadata=metadata)
+    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
     return {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
 
 

@@ -39,6 +39,8 @@ MAY_CHANGE = (
     "loss.chunk_tokens",
     "training.steps",
     "training.micro_batch",
+    "training.micro_batch_tokens",
+    "training.recompute",
     "training.offload_optimizer",
     "training.max_skipped_steps",
     "checkpoint",
@@ -115,9 +117,9 @@ def _train(
     latest = agreed_by_rank_0(checkpoints.latest())
     _note(describe_data(sources))
     parts = build_parts(config, sources, directory.path, bridge, device, _note)
-    progress = Progress(data_fingerprint=sources.prompts.fingerprint)
+    progress, ahead = Progress(data_fingerprint=sources.prompts.fingerprint), None
     if latest is not None:
-        progress = checkpoints.load(parts.student, latest)
+        progress, ahead = checkpoints.load(parts.student, latest), checkpoints.written_ahead(latest)
         if progress.data_fingerprint != sources.prompts.fingerprint:
             raise ValueError(f"{config.data.prompts} is not the data this run began with (hash {progress.data_fingerprint}, now {sources.prompts.fingerprint})")
         _note(f"resumed from {latest}")
@@ -126,7 +128,7 @@ def _train(
     recorder = Recorder(directory, first_step=progress.step + 1, total_steps=config.training.steps)
     try:
         evaluator = Evaluator(config, sources, parts, recorder)
-        trainer = Trainer(config, sources.prompts, parts, recorder, evaluator, checkpoints, progress, stop)
+        trainer = Trainer(config, sources.prompts, parts, recorder, evaluator, checkpoints, progress, ahead, stop)
         status = trainer.run()
     except ValueError:
         if parts.teacher is not None:

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import LossConfig
-from opd_megatron.data.batches import PaddedBatch
+from opd_megatron.data.batches import TokenBatch
 from opd_megatron.losses.class_divergence import SAMPLED_KINDS, TOP_K_KINDS
 from opd_megatron.losses.fused_head import FusedDivergence, fused_head_cross_entropy, fused_head_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Padded samples and, for distillation on the last stage, the teacher's hidden states [T, G] at the scored positions."""
+    """Samples, padded or packed, and, for distillation on the last stage, the teacher's hidden states [T, G] at the scored positions."""
 
-    batch: PaddedBatch
+    batch: TokenBatch
     teacher_hidden_TG: torch.Tensor | None = None
 
 

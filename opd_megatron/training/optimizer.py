@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from opd_megatron.config import TrainingConfig
 from opd_megatron.models.gpt import DTYPES
 
 
-def build_optimizer(model: DistributedDataParallel, training: TrainingConfig) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+def build_optimizer(chunks: Sequence[DistributedDataParallel], training: TrainingConfig) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """Return the optimizer and the learning-rate schedule; the schedule's state is the step number alone."""
     _restore_adam_step()
     _place_buckets_where_parameters_are_read()
@@ -33,7 +34,7 @@ def build_optimizer(model: DistributedDataParallel, training: TrainingConfig) ->
         params_dtype=DTYPES[training.precision],
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, list(chunks))
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0 if training.warmup_steps else training.learning_rate,

@@ -27,7 +27,7 @@ def check_self_divergence(student: Student, own_weights: Teacher, objective: Obj
 
     One micro-batch per replica: each prompt's second half is scored as if it were the response.
     """
-    count = student.groups.data_size * student.micro_batch
+    count = student.groups.data_size * student.batches.micro_batch
     # A prompt of one token has no half to score.
     usable = [prompt for prompt in prompts if len(prompt.ids) > 1] or prompts
     chosen = [usable[index % len(usable)] for index in range(count)]

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.config import DataConfig, RunConfig, TeacherConfig
+from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.data.prompts import Prompt, PromptSet, load_prompts, with_targets
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer
 from opd_megatron.evaluation.graders import check_gradable, make_grader
-from opd_megatron.models.gpt import DTYPES
+from opd_megatron.models.gpt import DTYPES, ModelChunks
 from opd_megatron.models.hf_folder import stop_token_ids
 from opd_megatron.models.weights import WeightSource, open_weights
 from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_groups
@@ -74,7 +74,8 @@ def open_sources(config: RunConfig) -> Sources:
         evaluation_data = _evaluation_data(config)
         prompts, evaluation_prompts = _load_data(config, evaluation_data, tokenizer)
         if config.training.objective == "sft":
-            prompts = with_targets(prompts, tokenizer, max_tokens=student.architecture.max_positions)
+            limits = (student.architecture.max_positions, config.training.micro_batch_tokens)
+            prompts = with_targets(prompts, tokenizer, max_tokens=min(limit for limit in limits if limit is not None))
         grader = make_grader(evaluation_data)
         if evaluation_prompts is not None:
             check_gradable(evaluation_prompts.prompts, evaluation_data)
@@ -140,17 +141,19 @@ def make_router(source: WeightSource, config: RunConfig, bridge: Bridge) -> Rout
     """Return the way from the teacher's ranks to the student's; the same on all of them."""
     assert config.teacher is not None
     ours, theirs = bridge.student_ranks, bridge.teacher_ranks
+    student = RankGrid(layout=config.student.layout, num_ranks=len(ours), first_rank=ours[0])
     return Router(
         teacher=RankGrid(layout=config.teacher.layout, num_ranks=len(theirs), first_rank=theirs[0]),
-        student=RankGrid(layout=config.student.layout, num_ranks=len(ours), first_rank=ours[0]),
+        student=student,
         teacher_micro_batch=config.teacher.micro_batch,
+        student_batches=TrainingBatches.of(config, student.data_size),
         width=source.architecture.hidden_size,
         dtype=DTYPES[config.training.precision],
         bridge=bridge,
     )
 
 
-def make_sampler(model: GPTModel, groups: ModelGroups, config: RunConfig, sources: Sources) -> Sampler:
+def make_sampler(model: ModelChunks, groups: ModelGroups, config: RunConfig, sources: Sources) -> Sampler:
     """Return one model as a writer."""
     return Sampler(model, groups, vocab_size=sources.vocab_size, eos_ids=sources.eos_ids, batch_sequences=config.rollout.batch_sequences)
 

@@ -19,8 +19,10 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.module import Float16Module
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.losses.fused_head import FusedDivergence
 from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only
+from opd_megatron.models.layers import packed_sequences
 from opd_megatron.models.weights import WeightSource, load_model
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.offload import Offloaded
@@ -56,14 +58,20 @@ class Student:
         self.groups = groups
         self.device = device
         self.architecture = source.architecture
-        self.micro_batch = config.training.micro_batch
+        self.batches = TrainingBatches.of(config, groups.data_size)
         self.padded_vocab = source.architecture.padded_vocab_size(groups.layout.tensor, config.student.vocab_multiple)
-        self.model = build_gpt(source.architecture, groups, precision=config.training.precision, vocab_multiple=config.student.vocab_multiple).to(device)
+        self.model = build_gpt(
+            source.architecture,
+            groups,
+            precision=config.training.precision,
+            vocab_multiple=config.student.vocab_multiple,
+            recompute=config.training.recompute,
+        ).to(device)
         with shared_errors():
             load_model(self.model, groups, source, vocab_multiple=config.student.vocab_multiple)
-        wrapped = Float16Module(self.model.config, self.model) if config.training.precision == "bf16" else self.model
+        self._is_half = config.training.precision == "bf16"
         ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self.ddp = DistributedDataParallel(self.model.config, ddp_config, wrapped)
+        self.ddp = [DistributedDataParallel(chunk.config, ddp_config, Float16Module(chunk.config, chunk) if self._is_half else chunk) for chunk in self.model]
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.training)
         self._offloads = config.training.offload_optimizer
@@ -75,7 +83,8 @@ class Student:
         """Have the optimizer's state and the gradient buffers where they are computed with; `training.offload_optimizer` keeps them away otherwise."""
         if self._offloaded is not None:
             self._offloaded.arrive()
-            self.ddp.restore_grad_buffers()
+            for chunk in self.ddp:
+                chunk.restore_grad_buffers()
         try:
             yield
         finally:
@@ -89,7 +98,8 @@ class Student:
         if self._offloaded is None or not self._offloaded.holds(state):
             self._offloaded = Offloaded(state, frozen=False)
         self._offloaded.leave()
-        self.ddp.offload_grad_buffers()
+        for chunk in self.ddp:
+            chunk.offload_grad_buffers()
 
     def train_step(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> tuple[LossSums, float, bool]:
         """Return (sums, gradient norm, updated). A loss or gradient that is not finite changes no weight; all ranks decide alike."""
@@ -97,7 +107,8 @@ class Student:
             return self._update(micro_batches, objective)
 
     def _update(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> tuple[LossSums, float, bool]:
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run_schedule(micro_batches, objective, forward_only=False)
         norm = gradient_norm(self.optimizer)
@@ -110,12 +121,12 @@ class Student:
 
     def measure(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> LossSums:
         """Return the sums without gradients or update."""
-        self.ddp.eval()
+        self.model.eval()
         try:
             with torch.no_grad():
                 return self._run_schedule(micro_batches, objective, forward_only=True)
         finally:
-            self.ddp.train()
+            self.model.train()
 
     @property
     def learning_rate(self) -> float:
@@ -127,22 +138,23 @@ class Student:
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             """Return this stage's output, after the last one hidden states [B, S, H], and the function that makes the micro-batch's loss of them."""
             micro_batch = next(batches)
-            tokens_BS = micro_batch.batch.tokens_BS
+            batch = micro_batch.batch
+            tokens_BS = batch.tokens_BS
             positions_BS = torch.arange(tokens_BS.size(1), device=self.device).expand_as(tokens_BS)
             # Float16Module would otherwise return the last stage's hidden states as an fp32 copy.
-            keep_dtype = {"fp32_output": False} if isinstance(self.ddp.module, Float16Module) else {}
+            keep_dtype = {"fp32_output": False} if self._is_half else {}
             with hidden_states_only(self.model):
-                output = model(tokens_BS, positions_BS, None, **keep_dtype)
+                output = model(tokens_BS, positions_BS, None, packed_seq_params=packed_sequences(batch.sequences) if batch.packed else None, **keep_dtype)
             return output, lambda hidden_BSH: self._loss(hidden_BSH, micro_batch, objective)
 
-        batch, length = micro_batches[0].batch.tokens_BS.shape
+        num_rows, length = micro_batches[0].batch.tokens_BS.shape
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
+            data_iterator=[iter(micro_batches) for _ in self.ddp],
             model=self.ddp,
             num_microbatches=len(micro_batches),
             seq_length=length * self.groups.layout.context,
-            micro_batch_size=batch,
+            micro_batch_size=num_rows,
             forward_only=forward_only,
         )
         forget_routes(self.model)

@@ -23,6 +23,8 @@ from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
 
+_PHASES = ("rollout", "teacher", "train")
+
 
 class Trainer:
     """Runs the steps of one configuration. Every rank has one; the recorder writes on rank 0 only."""
@@ -36,6 +38,7 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: CheckpointFolder,
         progress: Progress,
+        ahead: Rollouts | None,
         stop: StopRequest,
     ) -> None:
         self.config = config
@@ -50,9 +53,9 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self._writes_ahead = config.teacher is not None and config.teacher.staleness > 0 and self.teacher is not None
-        self._ahead: Rollouts | None = None
-        self._seconds: dict[str, float] = {}
-        self._peak_bytes: dict[str, int] = {}
+        self._ahead = ahead if self._writes_ahead else None
+        self._seconds = dict.fromkeys(_PHASES, 0.0)
+        self._peak_bytes = dict.fromkeys(_PHASES, 0)
         self._saved_step = progress.step
 
     def run(self) -> Literal["finished", "interrupted"]:
@@ -64,6 +67,8 @@ class Trainer:
                 self.evaluator.measure_teacher()
             if not self.stop.agreed():
                 self.evaluator.measure_student(step=0)
+        if self._ahead is not None and self.teacher is not None and self.progress.step < last_step:
+            self.teacher.ask(self._ahead)
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()
@@ -81,12 +86,13 @@ class Trainer:
     def step(self, step: int) -> dict[str, float | int]:
         """One optimizer step; returns its metrics, equal on every rank."""
         started = time.perf_counter()
+        self._seconds, self._peak_bytes = dict.fromkeys(_PHASES, 0.0), dict.fromkeys(_PHASES, 0)
         rollouts = self._ahead or self._write(step)
         with self._measured("teacher"):
-            teacher_hidden = self.teacher.fetch() if self.teacher is not None else {}
+            teacher_rows = self.teacher.fetch() if self.teacher is not None else None
         self._ahead = self._write(step + 1) if self._writes_ahead and step < self.config.training.steps else None
         with self._measured("train"):
-            sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_hidden), self.objective)
+            sums, norm, updated = self.student.train_step(make_micro_batches(self.student, rollouts, teacher_rows), self.objective)
         self._advance(step, updated, sums.loss, norm)
         return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started)}
 
@@ -116,6 +122,7 @@ class Trainer:
             "skipped_steps": self.progress.skipped_steps,
             "rollout_drift_mean": sums.per_token(sums.drift),
             "rollout_drift_max": sums.drift_max,
+            "padding_share": 1 - sum(rollouts.num_tokens) / self.student.batches.plan(rollouts.num_tokens).num_positions,
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
             "tokens_per_second": sum(sample.num_tokens for sample in samples) / step_seconds,
             **{f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()},
@@ -137,7 +144,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self._saved_step < self.progress.step:
-            self.checkpoints.save(self.student, self.progress)
+            self.checkpoints.save(self.student, self.progress, self._ahead)
             self._saved_step = self.progress.step
 
     def _is_due(self, every_steps: int) -> bool:

@@ -65,7 +65,7 @@ def _through_layout(folder: Path, out: Path, layout: ParallelLayout, vocab_multi
         checkpoint.mkdir()
     dist.barrier()
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.collection.dp_cp}
-    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(checkpoint))
+    dist_checkpointing.save(model.last.sharded_state_dict(metadata=metadata), str(checkpoint))
     if dist.get_rank() == 0:
         copy_assets(source.assets, checkpoint / "huggingface")
         export_hf(open_weights(checkpoint=str(checkpoint)), out)

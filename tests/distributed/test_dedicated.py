@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opd_megatron.config import CheckpointConfig, EvaluationConfig, RunConfig
 from tests.distributed.test_faults import ROOT, _command, _pid_of_rank, _start, _wait_for_step
 from tests.distributed.test_faults import models as faults_models
-from tests.distributed.test_training import _config, _job, _metrics, _stop_after, _with_teacher, models, recorded
+from tests.distributed.test_training import _config, _job, _metrics, _state, _stop_after, _with_teacher, models, recorded
 from tests.pool import RankPool
 
 __all__ = ["faults_models", "models", "recorded"]
@@ -50,9 +51,29 @@ def test_a_stop_with_a_batch_under_way_ends_both_worlds_and_resumes(models: Path
     # The first batch is on-policy; the second was written before the first update.
     assert [_versions(tmp_path / "run", step) for step in (1, 2)] == [{0}, {0}]
     assert pool.run(_job, config, tmp_path / "run", world_size=2) == ["finished"] * 2
-    # A resumed run writes its first batch anew with the newest weights; from there on the teacher is ahead again.
-    assert [step["rollout_staleness"] for step in _metrics(tmp_path / "run")] == [0, 1, 0, 1, 1]
-    assert [_versions(tmp_path / "run", step) for step in (3, 4, 5)] == [{2}, {2}, {3}]
+    # The batch that was waiting is in the checkpoint, and goes on waiting.
+    assert [step["rollout_staleness"] for step in _metrics(tmp_path / "run")] == [0, 1, 1, 1, 1]
+    pool.run(_job, config, tmp_path / "whole", world_size=2)
+    whole, parts = _state(tmp_path / "whole"), _state(tmp_path / "run")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_batch_written_ahead_is_dropped_where_the_resumed_run_must_be_on_policy(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _ahead(_config(models), record=True)
+    pool.run(_stop_after, config, tmp_path / "run", 1, world_size=2)
+    assert config.teacher is not None
+    pool.run(_job, dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, staleness=0)), tmp_path / "run", world_size=2)
+    assert [step["rollout_staleness"] for step in _metrics(tmp_path / "run")] == [0, 0, 0]
+    assert [_versions(tmp_path / "run", step) for step in (1, 2, 3)] == [{0}, {1}, {2}]
+
+
+def test_a_damaged_batch_that_was_waiting_is_refused(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _ahead(_config(models))
+    pool.run(_stop_after, config, tmp_path / "run", 1, world_size=2)
+    file = tmp_path / "run" / "checkpoints" / "step_1" / "written_ahead.jsonl"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(AssertionError, match=r"step_1 is damaged: .*written_ahead.jsonl:1 is not a recorded rollout.*move .*step_1 away"):
+        pool.run(_job, config, tmp_path / "run", world_size=2)
 
 
 def test_the_teacher_is_evaluated_on_its_own_ranks_as_elsewhere(models: Path, pool: RankPool, tmp_path: Path) -> None:

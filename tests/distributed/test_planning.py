@@ -30,6 +30,7 @@ from opd_megatron.config import (
     TrainingConfig,
     apply_overrides,
 )
+from opd_megatron.parallel.layout import replica_share
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -107,6 +108,7 @@ LAYOUTS = {
     "TP2+SPxDP2, teacher TP2xPP2": ({"tensor": 2, "sequence": True}, {"tensor": 2, "pipeline": 2}),
     "PP2xDP2, teacher TP2xDP2": ({"pipeline": 2}, {"tensor": 2}),
     "CP2xTP2, teacher CP2xPP2": ({"context": 2, "tensor": 2}, {"context": 2, "pipeline": 2}),
+    "PP2xVPP2xDP2, teacher DP4": ({"pipeline": 2, "virtual": 2}, {}),
 }
 # Of two mixtures of experts.
 MIXTURES = {
@@ -140,7 +142,7 @@ def held_bytes(config: RunConfig, bridge: Any = None) -> dict[str, int]:
         "gradients": sum(gradients.values()),
         "optimizer": sum(optimizer.values()),
         "teacher weights": sum(storages(teacher.scorer.model.parameters() if teacher.scorer is not None else []).values()),
-        "scores received": sum(rows.nbytes for rows in received.values()),
+        "scores received": sum(rows.nbytes for rows in (received.rows if received is not None else {}).values()),
         "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
         "payload bytes": teacher.payload_bytes,
     }
@@ -170,7 +172,7 @@ def held_apart(config: RunConfig) -> dict[str, int]:
 
 def buffers(student: Any) -> list[Any]:
     """Return what holds the student's gradients; experts have buffers of their own."""
-    return [*student.ddp.buffers, *student.ddp.expert_parallel_buffers]
+    return [buffer for chunk in student.ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def storages(tensors: Any) -> dict[int, int]:
@@ -273,23 +275,25 @@ def saved_bytes(config: RunConfig) -> int:
     """Return the bytes that autograd keeps of one forward of the student."""
     from opd_megatron.models.gpt import build_gpt, hidden_states_only
     from opd_megatron.models.hf_folder import read_architecture
-    from opd_megatron.models.layers import RMSNorm
+    from opd_megatron.models.layers import RMSNorm, packed_sequences
     from opd_megatron.parallel.groups import student_groups
 
     groups = student_groups(config.student.layout, 1)
-    model = build_gpt(read_architecture(Path(config.student.hf)), groups, precision=config.training.precision, vocab_multiple=4)
+    training = config.training
+    model = build_gpt(read_architecture(Path(config.student.hf)), groups, precision=training.precision, vocab_multiple=4, recompute=training.recompute)
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    length = (config.data.max_prompt_tokens + config.rollout.max_response_tokens) // config.student.layout.context
-    tokens_BS = torch.zeros(config.training.micro_batch, length, dtype=torch.long)
+    length, limit = (config.data.max_prompt_tokens + config.rollout.max_response_tokens) // config.student.layout.context, config.training.micro_batch_tokens
+    packed = packed_sequences([length] * (limit // length)) if limit is not None else None
+    tokens_BS = torch.zeros((1, limit) if limit is not None else (config.training.micro_batch, length), dtype=torch.long)
     usual, RMSNorm.forward = RMSNorm.forward, lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), hidden_states_only(model):
-            model(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
+            model.last(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None, packed_seq_params=packed)
     finally:
         RMSNorm.forward = usual
     if "mixture" in config.student.hf:
@@ -398,6 +402,77 @@ def planned_forward(config: RunConfig) -> int:
     return forward_bytes_per_token(architecture, config.student.layout, itemsize=itemsize, num_layers=architecture.num_layers)
 
 
+RECOMPUTED, PACKED = "training.recompute=full", "training.micro_batch_tokens=96"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("student", "layout", "settings"),
+    [
+        ("student", {}, [RECOMPUTED]),
+        ("student", {"tensor": 2, "sequence": True}, [RECOMPUTED]),
+        ("mixture", {"expert": 2}, [RECOMPUTED]),
+        ("student", {}, [PACKED]),
+        ("llama", {"tensor": 2, "sequence": True}, [PACKED]),
+        ("mixture", {}, [PACKED]),
+        ("student", {"tensor": 2}, [PACKED, RECOMPUTED]),
+    ],
+)
+def test_autograd_saves_what_was_planned_of_packs_and_recomputed_layers(
+    models: Path, pool: RankPool, planner: Callable[..., Any], student: str, layout: dict[str, Any], settings: list[str]
+) -> None:
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision="bf16", micro_batch=1)
+    config = apply_overrides(replace(config, student=replace(config.student, hf=str(models / student))), settings)
+    assert 2 * planner(planned_activations, config) == sum(pool.run(saved_bytes, config, world_size=2))
+
+
+def most_in_flight(config: RunConfig) -> int:
+    """Return how many micro-batches, each on one chunk, this rank has sent forward and not yet backward, at most."""
+    from opd_megatron.training.batching import make_micro_batches
+    from opd_megatron.training.objective import Distillation
+
+    student, teacher = build(config)
+    rollouts = longest_rollouts(config)
+    objective = Distillation(loss=config.loss, vocab_size=263, tp_group=student.groups.collection.tp, teacher_head_WG=teacher.head_WG)
+    now, most = 0, 0
+
+    def forward(*_: Any) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+
+    def backward(*_: Any) -> None:
+        nonlocal now
+        now -= 1
+
+    for chunk in student.model:
+        chunk.decoder.register_forward_hook(forward)
+        # Where a chunk begins its backward ends.
+        chunk.decoder.layers[0].self_attention.linear_qkv.weight.register_post_accumulate_grad_hook(backward)
+    student.train_step(make_micro_batches(student, rollouts, teacher.score(rollouts)), objective)
+    return most
+
+
+def planned_in_flight(config: RunConfig) -> list[int]:
+    from opd_megatron.planning.architectures import know_model
+    from opd_megatron.planning.payload import step_payload
+    from opd_megatron.planning.ranks import plan_rank
+    from opd_megatron.planning.step_shape import StepShape
+
+    student, payload = know_model("student", config.student, PUBLISHED), step_payload(config)
+    return [StepShape(plan_rank(config, student, None, payload, rank)).num_in_flight for rank in range(config.world_size)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "batch_prompts"), [({"pipeline": 4}, 16), ({"pipeline": 2, "virtual": 2}, 16), ({"pipeline": 2, "virtual": 2}, 4)])
+def test_stages_hold_as_many_micro_batches_as_planned(
+    models: Path, pool: RankPool, planner: Callable[..., Any], layout: dict[str, Any], batch_prompts: int
+) -> None:
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=4)
+    config = apply_overrides(config, [f"data.batch_prompts={batch_prompts}"])
+    assert pool.run(most_in_flight, config) == planner(planned_in_flight, config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("student", "layout"), [("wide", {}), ("wide_mixture", {}), ("wide_mixture", {"expert": 2}), ("wide_mixture", {"tensor": 2})])
@@ -438,13 +513,13 @@ def sent_messages(config: RunConfig) -> dict[str, dict[str, int]]:
     # Without an end-of-sequence token every response reaches its limit.
     sampler = Sampler(student.model, student.groups, vocab_size=263, eos_ids=(), batch_sequences=config.rollout.batch_sequences)
     objective = Distillation(loss=config.loss, vocab_size=263, tp_group=student.groups.collection.tp, teacher_head_WG=teacher.head_WG)
-    share = [rollouts.samples[index] for index in rollouts.share(student.groups.data_rank, student.groups.data_size)]
+    share = [rollouts.samples[index] for index in replica_share(len(rollouts.samples), student.groups.data_rank, student.groups.data_size)]
     settings = SamplingSettings(max_response_tokens=config.rollout.max_response_tokens)
-    hidden: dict[int, torch.Tensor] = {}
+    scores: list[Any] = []
     counts = {
         "rollout": counted(lambda: sampler.generate([sample.prompt_ids.tolist() for sample in share], [(i,) for i in range(len(share))], settings)),
-        "teacher": counted(lambda: hidden.update(teacher.score(rollouts))),
-        "train": counted(lambda: student.train_step(make_micro_batches(student, rollouts, hidden), objective)),
+        "teacher": counted(lambda: scores.append(teacher.score(rollouts))),
+        "train": counted(lambda: student.train_step(make_micro_batches(student, rollouts, scores[0]), objective)),
     }
     # Megatron also calls the data-parallel collectives of a group of one, and gathers all weights once for each optimizer, the dense and the experts'.
     in_vain = sum(len(buffer.buckets) for buffer in buffers(student) if buffer.data_parallel_group.size() == 1)
@@ -485,7 +560,17 @@ def planned_messages(config: RunConfig) -> list[dict[str, dict[str, int]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LAYOUTS, *MIXTURES])
 def test_ranks_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
-    config = config_of(models, name)
+    check_messages(config_of(models, name), pool, planner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2+SPxDP2, teacher TP2xPP2", "CP2xTP2, teacher CP2xPP2", "EP2xPP2, teacher EP4"])
+def test_packs_and_recomputed_layers_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
+    config = replace(config_of(models, name), training=TrainingConfig(precision="fp32"))
+    check_messages(apply_overrides(config, [RECOMPUTED, PACKED]), pool, planner)
+
+
+def check_messages(config: RunConfig, pool: RankPool, planner: Callable[..., Any]) -> None:
     planned = planner(planned_messages, config)
     for rank, sent in enumerate(pool.run(sent_messages, config)):
         assert sent == planned[rank], rank

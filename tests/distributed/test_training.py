@@ -40,7 +40,7 @@ ASSETS = Path(__file__).parents[2] / "recipes" / "assets"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student and a teacher folder, and prompts of uneven length."""
     folder = tmp_path_factory.mktemp("models")
-    write_tiny_model(folder / "student", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=2)
+    write_tiny_model(folder / "student", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=4)
     write_tiny_model(folder / "teacher", tied=False, vocab_size=263, seed=2, scale=0.5, hidden_size=96)
     rows = [{"prompt": "count " + "abc"[: 1 + i % 3] * (1 + i % 5), "answer": str(i)} for i in range(64)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -98,6 +98,8 @@ LAYOUTS = {
     "DP2xPP2, teacher TP2": ({"pipeline": 2}, {"tensor": 2}, 4),
     "TP2xDP2, teacher TP2xPP2": ({"tensor": 2}, {"tensor": 2, "pipeline": 2}, 4),
     "DP4, teacher TP2": ({}, {"tensor": 2}, 4),
+    "PP2xVPP2": ({"pipeline": 2, "virtual": 2}, {}, 2),
+    "TP2xPP2xVPP2+SP": ({"tensor": 2, "pipeline": 2, "virtual": 2, "sequence": True}, {}, 4),
     "CP2": ({"context": 2}, {}, 2),
     "CP2xTP2+SP, teacher PP2": ({"context": 2, "tensor": 2, "sequence": True}, {"pipeline": 2}, 4),
     "CP2xPP2, teacher CP2": ({"context": 2, "pipeline": 2}, {"context": 2}, 4),
@@ -122,6 +124,63 @@ def test_every_layout_gives_the_same_losses_and_gradient_norms(models: Path, rec
         assert ours["response_tokens"] == reference["response_tokens"]
 
 
+PACKED = {
+    "one rank": ({}, {}, 1),
+    "DP4": ({}, {}, 4),
+    "TP2+SP": ({"tensor": 2, "sequence": True}, {}, 2),
+    "PP2": ({"pipeline": 2}, {"tensor": 2}, 2),
+    "PP2xVPP2": ({"pipeline": 2, "virtual": 2}, {}, 2),
+    "CP2": ({"context": 2}, {}, 2),
+    "CP2xTP2+SP, teacher CP2": ({"context": 2, "tensor": 2, "sequence": True}, {"context": 2}, 4),
+    "DP2, TP2 of the teacher's own": ({}, {"tensor": 2, "own": 2}, 4),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences_train_as_padded_ones_do(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+    """No sequence sees another in its pack: losses and gradients are those of one sequence a row. 8 samples of 8 to 31 tokens."""
+    student, teacher, world_size = PACKED[name]
+    config = _with_teacher(_config(models, **student), **teacher)
+    training = dataclasses.replace(config.training, micro_batch=1, micro_batch_tokens=76)
+    config = dataclasses.replace(config, training=training, rollout=dataclasses.replace(config.rollout, replay=str(recorded)))
+    pool.run(_job, config, tmp_path / "run", world_size=world_size)
+    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        for key in ("loss", "divergence", "grad_norm", "student_entropy"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+        if name == "one rank":
+            assert 0 <= ours["padding_share"] < reference["padding_share"]
+
+
+@pytest.mark.parametrize("training", [{"micro_batch": 2}, {"micro_batch_tokens": 76}], ids=["padded", "packed"])
+@pytest.mark.parametrize(("student", "count"), [({}, 3), ({}, 7), ({"pipeline": 2}, 5), ({"pipeline": 2, "virtual": 2}, 3)], ids=str)
+def test_a_batch_that_does_not_divide_leaves_some_replicas_less_to_do(
+    models: Path, pool: RankPool, tmp_path: Path, student: dict[str, Any], count: int, training: dict[str, Any]
+) -> None:
+    """Four replicas share 3 samples: one has none, and joins in everything."""
+    config = _config(models)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_prompts=count))
+    pool.run(_job, dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, record=True)), tmp_path / "one", world_size=1)
+    config = dataclasses.replace(
+        config,
+        student=dataclasses.replace(config.student, layout=ParallelLayout(**student)),
+        rollout=dataclasses.replace(config.rollout, replay=str(tmp_path / "one")),
+        training=dataclasses.replace(config.training, **{"micro_batch": 1, **training}),
+    )
+    pool.run(_job, config, tmp_path / "four", world_size=4)
+    for ours, reference in zip(_metrics(tmp_path / "four"), _metrics(tmp_path / "one"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+
+
+def test_recomputed_layers_give_the_same_gradients(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _config(models, tensor=2, pipeline=2, sequence=True)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, replay=str(recorded)))
+    for recompute in ("none", "full"):
+        training = dataclasses.replace(config.training, recompute=recompute)
+        pool.run(_job, dataclasses.replace(config, training=training), tmp_path / recompute, world_size=4)
+    assert [step["grad_norm"] for step in _metrics(tmp_path / "full")] == [step["grad_norm"] for step in _metrics(tmp_path / "none")]
+
+
 @pytest.mark.parametrize("loss", [{"kind": "skew_reverse", "alpha": 0.2}, {"kind": "topk_tail_forward", "top_k": 5}, {"kind": "k3"}], ids=lambda x: x["kind"])
 def test_other_kinds_of_loss_train_alike_in_every_layout(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, loss: dict[str, Any]) -> None:
     for run, layout, world_size in (("one", {}, 1), ("four", {"tensor": 2, "pipeline": 2}, 4)):
@@ -144,7 +203,7 @@ def _offloaded_bytes(config: RunConfig, run: Path) -> list[tuple[int, int]]:
         assert self.teacher is not None
         assert self.teacher.scorer is not None
         assert self.teacher.scorer.offloaded is not None
-        tensors = [*optimizer_state(self.student.optimizer), *(buffer.grad_data for buffer in self.student.ddp.buffers)]
+        tensors = [*optimizer_state(self.student.optimizer), *(buffer.grad_data for chunk in self.student.ddp for buffer in chunk.buffers)]
         held.append((self.teacher.scorer.offloaded.device_bytes, sum(tensor.untyped_storage().nbytes() for tensor in tensors)))
         return write(self, step)
 
@@ -177,7 +236,7 @@ def test_what_is_offloaded_is_away_while_the_student_writes_and_changes_nothing(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-@pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "CP2xPP2, teacher CP2", "TP2xPP2+SP, teacher PP2"])
+@pytest.mark.parametrize("name", ["TP2", "PP2", "PP2xVPP2", "DP2", "CP2xPP2, teacher CP2", "TP2xPP2+SP, teacher PP2"])
 def test_every_layout_writes_the_same_first_rollouts(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, _, world_size = LAYOUTS[name]
     config = _config(models, **student)
@@ -251,8 +310,9 @@ def test_a_run_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path:
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
     pool.run(_job, longer, tmp_path / "whole", world_size=4)
     pool.run(_stop_after, longer, tmp_path / "parts", 2, world_size=4)
-    other = dataclasses.replace(longer, student=dataclasses.replace(longer.student, layout=ParallelLayout()))
-    pool.run(_job, other, tmp_path / "parts", world_size=2)
+    for steps, layout in ((3, {"pipeline": 2, "virtual": 2}), (4, {})):
+        other = dataclasses.replace(longer, student=dataclasses.replace(longer.student, layout=ParallelLayout(**layout)))
+        pool.run(_stop_after, other, tmp_path / "parts", steps, world_size=2)
     whole, parts = _metrics(tmp_path / "whole"), _metrics(tmp_path / "parts")
     assert [step["step"] for step in parts] == [1, 2, 3, 4]
     for one, two in zip(whole, parts, strict=True):
@@ -261,19 +321,19 @@ def test_a_run_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path:
 
 def _with_broken_steps(config: RunConfig, run: Path, broken: tuple[int, ...]) -> tuple[str, list[float]]:
     """Poison the teacher's hidden states at some steps, and return the weights' checksum after each step."""
-    from opd_megatron.teacher.teacher import Teacher
+    from opd_megatron.teacher.teacher import Teacher, TeacherRows
     from opd_megatron.training.trainer import Trainer
 
     fetch, step = Teacher.fetch, Trainer.step
     checksums, calls = [], [0]
 
-    def poisoned(self: Teacher) -> dict[int, torch.Tensor]:
-        hidden = fetch(self)
+    def poisoned(self: Teacher) -> TeacherRows | None:
+        scores = fetch(self)
         # The self-test scores once before step 1.
         calls[0] += 1
-        if calls[0] - 1 in broken and hidden:
-            hidden[min(hidden)][0, 0] = float("nan")
-        return hidden
+        if calls[0] - 1 in broken and scores is not None and scores.rows:
+            scores.rows[min(scores.rows)][0, 0] = float("nan")
+        return scores
 
     def observed(self: Trainer, number: int) -> dict[str, float | int]:
         metrics = step(self, number)
@@ -348,12 +408,13 @@ def test_models_from_checkpoints_train_as_those_from_folders(models: Path, recor
 
 def _expect_self_test_to_fail(config: RunConfig, run: Path) -> str:
     """Shift the teacher's hidden states by one position, the classic mistake."""
-    from opd_megatron.teacher.teacher import Teacher
+    from opd_megatron.teacher.teacher import Teacher, TeacherRows
 
     score = Teacher.score
 
-    def shifted(self: Teacher, rollouts: Any) -> dict[int, torch.Tensor]:
-        return {index: hidden.roll(1, dims=0) for index, hidden in score(self, rollouts).items()}
+    def shifted(self: Teacher, rollouts: Any) -> TeacherRows | None:
+        scores = score(self, rollouts)
+        return dataclasses.replace(scores, rows={index: rows.roll(1, dims=0) for index, rows in scores.rows.items()}) if scores is not None else None
 
     Teacher.score = shifted  # type: ignore[method-assign]
     try:

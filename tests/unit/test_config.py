@@ -221,7 +221,11 @@ BAD_VALUES = [
     ("world_size=0", "world_size=0 must be at least 1"),
     ("student.layout.tensor=0", "layout.tensor=0 must be at least 1"),
     ("teacher.layout.pipeline=-2", "layout.pipeline=-2 must be at least 1"),
-    ("student.layout.virtual=2", "layout.virtual=2 is not supported yet; leave it at 1"),
+    ("student.layout.virtual=2", "layout.virtual=2 cuts pipeline stages into chunks; it needs layout.pipeline > 1"),
+    ("teacher.layout.pipeline=2 teacher.layout.virtual=2", "teacher.layout.virtual=2 is of no use"),
+    ("training.micro_batch_tokens=0", "training.micro_batch_tokens=0 must be at least 1, or null for no packing"),
+    ("training.micro_batch_tokens=9000 training.micro_batch=2", "training.micro_batch=2 is without effect under training.micro_batch_tokens"),
+    ("training.micro_batch_tokens=100", "training.micro_batch_tokens=100 does not hold one sequence of"),
     ("student.layout.context=0", "layout.context=0 must be at least 1"),
     ("student.layout.expert_tensor=0", "layout.expert_tensor=0 must be at least 1"),
     ("student.layout.sequence=true", "layout.sequence=true needs layout.tensor > 1, got tensor=1"),
@@ -328,16 +332,8 @@ def test_the_world_must_fit_both_models(role: str) -> None:
         config.check_world(6)
 
 
-def test_a_steps_sequences_must_split_evenly_over_the_students_replicas() -> None:
-    words = ["data.batch_prompts=6", "rollout.samples_per_prompt=2", "training.micro_batch=3", "student.layout.tensor=2"]
-    config = apply_overrides(BASE, words)
-    config.check_world(4)
-    config.check_world(8)
-    with pytest.raises(ValueError) as caught:
-        config.check_world(12)
-    for part in ("data.batch_prompts * rollout.samples_per_prompt = 12", "6 data-parallel replicas", "training.micro_batch=3", "change one of them"):
-        assert part in str(caught.value)
-    # Supervised fine-tuning has one sequence a prompt, whatever the rollouts would have.
+def test_supervised_fine_tuning_has_one_sequence_a_prompt() -> None:
+    config = apply_overrides(BASE, ["data.batch_prompts=6", "rollout.samples_per_prompt=2"])
     assert config.num_sequences == 12
     assert apply_overrides(config, ["training.objective=sft"]).num_sequences == 6
 

@@ -309,7 +309,7 @@ def test_prompts_too_long_with_their_targets_are_dropped_and_counted(tmp_path, t
     kept = with_targets(prompts, tokenizer, max_tokens=whole)
     assert [prompt.target for prompt in kept.prompts] == ["bbb", "bbbb"]
     assert kept.num_dropped_long == 1
-    with pytest.raises(ValueError, match="all 3 prompts with their targets exceed"):
+    with pytest.raises(ValueError, match="all 3 prompts with their targets are longer than 3 tokens"):
         with_targets(prompts, tokenizer, max_tokens=3)
 
 

@@ -150,7 +150,6 @@ MISTAKES = {
     "student world": (["quickstart", "--check", "--nproc-per-node", "6"], ["student.layout: world_size=6 is not a multiple", "=4", "use 4 ranks"]),
     "teacher world": (["quickstart", "--check", "teacher.layout.pipeline=3"], ["teacher.layout: world_size=4 is not a multiple", "=3", "use 3 ranks"]),
     "small world": (["quickstart", "--check", "--nproc-per-node", "2"], ["world_size=2", "use at least 4 ranks or change the layout"]),
-    "batch": (["quickstart", "--check", "data.batch_prompts=100"], ["= 100 sequences", "training.micro_batch=64", "change one of them"]),
     "positions": (["quickstart", "--check", "rollout.max_response_tokens=449"], ["= 513 exceeds the student's 512 positions", "lower one of them"]),
     "student folder": (["quickstart", "--check", "student.hf=nowhere"], ["nowhere is not a Hugging Face model folder", "config.json"]),
     "student checkpoint": (

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opd_megatron.parallel.layout import replica_share
 from opd_megatron.rollout.rollouts import Rollouts, Sample, record_rollouts, replay_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings, sample_tokens, uniform_stream
 
@@ -297,8 +298,7 @@ def test_a_replay_of_another_shape_is_refused_with_the_file(tmp_path: Path, cont
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 17])
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 32])
 def test_the_shares_of_all_replicas_are_a_partition_in_order(count: int, size: int) -> None:
-    rollouts = Rollouts((sample_of([1], [2], None),) * count, policy_version=0)
-    shares = [list(rollouts.share(rank, size)) for rank in range(size)]
+    shares = [list(replica_share(count, rank, size)) for rank in range(size)]
     assert [index for share in shares for index in share] == list(range(count))
     lengths = [len(share) for share in shares]
     assert max(lengths) - min(lengths) <= 1
