@@ -39,6 +39,11 @@ class RankGrid:
         return self.layout.data_size(self.num_ranks)
 
     @property
+    def ranks(self) -> range:
+        """The global ranks of the model."""
+        return range(self.first_rank, self.first_rank + self.num_ranks)
+
+    @property
     def shape(self) -> dict[str, int]:
         """Sizes of the axes, fastest first, under the names of Megatron-Core's groups."""
         return {"tp": self.layout.tensor, "cp": self.layout.context, "dp": self.data_size, "pp": self.layout.pipeline}

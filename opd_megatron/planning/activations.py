@@ -3,7 +3,10 @@
 The terms follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv:2205.05198), section 4, which
 counts the tensors that each operation of a layer saves and divides them by the tensor-parallel size t, those between the split parts only
 under sequence parallelism. Adapted to what the layers here do: SwiGLU in place of GeLU, grouped-query attention, flash attention (no scores,
-but a logarithm of their sum per head), RMSNorm on queries and keys, rotary embedding, no dropout, no recomputation.
+but a logarithm of their sum per head), RMSNorm on queries and keys, rotary embedding, no dropout. Under full recomputation only the inputs of layers
+are kept, and one layer at a time is whole again in the backward.
+A mixture of experts is counted with balanced routing: every rank computes as many copies of tokens as it sends out. Left out: the last micro-batch's
+routes, which its dispatchers keep beside autograd (5 bytes a token, expert and layer).
 `tests/distributed/test_planning.py` compares the sum with what PyTorch saves.
 """
 
@@ -12,9 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_megatron.config import ParallelLayout
-from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.architecture import Architecture, Experts
 
 FP32_BYTES = 4
+# torch.topk and token indices are int64.
+_INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,20 @@ class ActivationTerm:
     why: str
 
 
-def layer_activations(architecture: Architecture, layout: ParallelLayout, *, itemsize: int, micro_batch: int) -> list[ActivationTerm]:
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchShape:
+    """Positions of one micro-batch on a rank: `num_rows` rows, or one row of packed sequences."""
+
+    num_tokens: int
+    num_rows: int
+    packed: bool
+    # Positions of the longest sequence, before any split.
+    longest: int
+
+
+def layer_activations(architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int) -> list[ActivationTerm]:
     """Return what one layer saves for one token of a micro-batch: h hidden, f feed-forward, a heads and g key-value heads of size d, t tensor."""
-    hidden, ffn, tensor = architecture.hidden_size, architecture.ffn_hidden_size / layout.tensor, layout.tensor
+    hidden, tensor = architecture.hidden_size, layout.tensor
     heads, kv_heads, head_dim = architecture.num_heads / tensor, architecture.num_kv_heads / tensor, architecture.head_dim
     whole = tensor if layout.sequence else 1
     # With one key-value head a rank the queries of the fused projection are contiguous; otherwise they are copied out of it.
@@ -37,25 +53,24 @@ def layer_activations(architecture: Architecture, layout: ParallelLayout, *, ite
     projected_heads = heads + 2 * kv_heads if layout.context == 1 or architecture.qk_norm else 0
     return [
         ActivationTerm(2 * itemsize * hidden / whole, "inputs of both norms: 2h"),
-        ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection: 2h"),
+        ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection, or of the router: 2h"),
         ActivationTerm(itemsize * projected_heads * head_dim, "queries, keys and values as projected: (a + 2g) d / t"),
         ActivationTerm(itemsize * copied_heads * head_dim, "queries again, as their norm reads them: a d / t"),
-        *_attention(heads * head_dim, kv_heads * head_dim, layout.context, itemsize),
+        *_attention(heads * head_dim, kv_heads * head_dim, layout.context, itemsize, packed=shape.packed),
         ActivationTerm(FP32_BYTES * heads, "logarithm of the sum of attention scores, fp32: a / t"),
         ActivationTerm(FP32_BYTES * (2 / whole + normed_heads), "one fp32 number of every norm"),
         # One row per position, whatever the number of sequences.
-        ActivationTerm(4 * itemsize * head_dim / micro_batch, "cosines and sines of the rotation of queries and of keys: 4d a position"),
-        # Megatron-Core adds an offset of 0 to the up projection, which copies it.
-        ActivationTerm(5 * itemsize * ffn, "gate and up, silu of gate, up plus its offset, their product: 5f / t"),
+        ActivationTerm(4 * itemsize * head_dim / shape.num_rows, "cosines and sines of the rotation of queries and of keys: 4d a position"),
+        *(_experts(architecture.experts, hidden, whole, itemsize) if architecture.experts else _feed_forward(architecture.ffn_hidden_size / tensor, itemsize)),
     ]
 
 
-def _attention(query_width: float, key_width: float, context: int, itemsize: int) -> list[ActivationTerm]:
-    """Return what attention saves for one token; over context ranks it reads keys and values of all, and joins two outputs."""
+def _attention(query_width: float, key_width: float, context: int, itemsize: int, *, packed: bool) -> list[ActivationTerm]:
+    """Return what attention saves for one token; over context ranks it reads keys and values of all, and joins two outputs; packed, one a sequence."""
     if context == 1:
         return [
             ActivationTerm(itemsize * (query_width + key_width), "queries and keys after rotation: (a + g) d / t"),
-            ActivationTerm(itemsize * query_width, "output of attention: a d / t"),
+            ActivationTerm((2 if packed else 1) * itemsize * query_width, "output of attention, of each packed sequence and joined: a d / t, packed 2 a d / t"),
         ]
     return [
         ActivationTerm(itemsize * query_width, "queries after rotation: a d / t"),
@@ -64,16 +79,54 @@ def _attention(query_width: float, key_width: float, context: int, itemsize: int
     ]
 
 
-def stage_activation_bytes(
-    architecture: Architecture, layout: ParallelLayout, *, itemsize: int, micro_batch: int, num_tokens: int, num_layers: int, is_last: bool
+def _feed_forward(ffn: float, itemsize: int) -> list[ActivationTerm]:
+    # Megatron-Core adds an offset of 0 to the up projection, which copies it.
+    return [ActivationTerm(5 * itemsize * ffn, "gate and up, silu of gate, up plus its offset, their product: 5f / t")]
+
+
+def _experts(experts: Experts, hidden: int, whole: int, itemsize: int) -> list[ActivationTerm]:
+    """Return what a router and its experts keep of one token, which k of E experts of width f see; split over ranks as the sequence is."""
+    chosen, num_experts, ffn = experts.experts_per_token, experts.num_experts, experts.ffn_hidden_size
+    # The softmax is over the chosen experts, or over all where their weights are not scaled to a sum of one.
+    weighed = chosen if experts.norm_topk_prob else num_experts
+    return [
+        ActivationTerm((_INDEX_BYTES * chosen + FP32_BYTES * weighed) / whole, "router: ids of the chosen experts, softmax in fp32"),
+        ActivationTerm((FP32_BYTES + 1) * num_experts / whole, "weights in fp32 and whether chosen, of every expert: 5 E bytes"),
+        ActivationTerm((_INDEX_BYTES + FP32_BYTES) * chosen / whole, "place and weight of every copy: 12 k bytes"),
+        ActivationTerm(itemsize * chosen * hidden / whole, "copies that experts read: k h"),
+        ActivationTerm(6 * itemsize * chosen * ffn / whole, "gate and up, silu of gate, up plus its offset, their product, the same weighed: 6 k f"),
+    ]
+
+
+def layer_bytes(architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int) -> int:
+    """Return the bytes that one layer saves of one micro-batch."""
+    return round(shape.num_tokens * sum(term.num_bytes for term in layer_activations(architecture, layout, shape, itemsize)))
+
+
+def chunk_activation_bytes(
+    architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, *, itemsize: int, num_layers: int, is_last: bool, recompute: bool
 ) -> int:
-    """Return the bytes of one micro-batch of `num_tokens` tokens on a stage: its layers, and the last norm's input or what is sent on."""
-    per_layer = sum(term.num_bytes for term in layer_activations(architecture, layout, itemsize=itemsize, micro_batch=micro_batch))
+    """Return the bytes of one micro-batch on a stage, or on one of its chunks: its layers, and the last norm's input or what is sent on.
+
+    Recomputed, a layer keeps its input alone, and all of them together the angles of the rotation.
+    """
     whole = layout.tensor if layout.sequence else 1
-    end = (itemsize * architecture.hidden_size + (FP32_BYTES if is_last else 0)) / whole
-    return round(num_tokens * (num_layers * per_layer + end))
+    row = shape.num_tokens * itemsize * architecture.hidden_size // whole
+    end = row + (shape.num_tokens * FP32_BYTES // whole if is_last else 0)
+    if recompute:
+        return num_layers * row + FP32_BYTES * shape.longest // layout.context * architecture.head_dim + end
+    return num_layers * layer_bytes(architecture, layout, shape, itemsize) + end
 
 
-def forward_bytes_per_token(architecture: Architecture, tensor: int, itemsize: int) -> int:
-    """Return what a forward without gradients holds at its widest, in the feed-forward layer: residual, input and output h, and 5f / t."""
-    return round(itemsize * (3 * architecture.hidden_size + 5 * architecture.ffn_hidden_size / tensor))
+def forward_bytes_per_token(architecture: Architecture, layout: ParallelLayout, *, itemsize: int, num_layers: int) -> int:
+    """Return what a forward without gradients holds of one token at its widest, in a feed-forward layer; no sequence is split there.
+
+    4h: the inputs of the stage, the layer, the norm after attention, and the feed-forward. Then, dense, 5f / t; with experts k h for each of the copies as
+    sent, as arrived and as sorted, and the outputs before and after they are joined, beside the routes that all `num_layers` layers keep. Without expert
+    parallelism the copies that are sent are those that arrive.
+    """
+    hidden, experts = architecture.hidden_size, architecture.experts
+    if experts is None:
+        return round(itemsize * (4 * hidden + 5 * architecture.ffn_hidden_size / layout.tensor))
+    widest, routes = 5 if layout.expert > 1 else 4, (FP32_BYTES + 1) * experts.num_experts + _INDEX_BYTES * experts.experts_per_token
+    return itemsize * (4 + widest * experts.experts_per_token) * hidden + num_layers * routes

@@ -23,7 +23,7 @@ def know_model(role: str, settings: StudentConfig | TeacherConfig, published: Se
     """Return the model that a configuration names; of a Hugging Face folder that is absent, the architecture `published` under its name.
 
     `published` are folders of folders with a config.json. The name is that of the absent folder (Qwen3-8B), or its parent's and its own (tiny_teacher).
-    Raises ValueError if neither is there, if config.json is not understood or is of a mixture of experts, or if the sizes do not divide over the layout.
+    Raises ValueError if neither is there, if config.json is not understood, or if the layout does not divide the sizes or cannot train the model.
     """
     folder = Path(settings.hf) if settings.hf else Path(settings.checkpoint or "") / "huggingface"
     if not folder.exists():
@@ -34,7 +34,7 @@ def know_model(role: str, settings: StudentConfig | TeacherConfig, published: Se
             raise ValueError(f"{role}.{key}={value!r} is not on this machine, and no architecture of that name is; there are {', '.join(known)}")
         folder = named[0]
     architecture = read_architecture(folder)
-    if architecture.experts is not None:
-        raise ValueError(f"{folder} is a mixture of experts, which is not planned yet; only dense models are")
     architecture.check_layout(role, settings.layout)
+    if role == "student":
+        architecture.check_training(role, settings.layout)
     return KnownModel(architecture, folder)

@@ -2,7 +2,7 @@
 
 Shapes: B sequences, T scored positions of a micro-batch, N tokens of one chunk, V vocabulary, W = this rank's slice of V, H / G hidden sizes.
 Left out: the CUDA context and communication buffers (a few GiB), the allocator's fragmentation, temporary gradients inside one layer's backward,
-padding of the gradient buffer, and loading and exporting.
+padding of the gradient buffer, and loading and exporting. Tokens are taken to visit all experts equally often: a rank whose experts are favoured needs more.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from opd_megatron.planning.activations import FP32_BYTES, forward_bytes_per_token, stage_activation_bytes
+from opd_megatron.models.gpt import DTYPES
+from opd_megatron.planning.activations import FP32_BYTES, MicroBatchShape, chunk_activation_bytes, forward_bytes_per_token, layer_bytes
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
 from opd_megatron.planning.step_shape import StepShape
 
@@ -38,7 +39,7 @@ class RankMemory:
     """The terms of one rank. Phases follow one another, so the largest of them counts."""
 
     rank: int
-    student_stage: int
+    student_stage: int | None
     teacher_stage: int | None
     terms: tuple[Term, ...]
 
@@ -61,23 +62,27 @@ class RankMemory:
 
 def rank_memory(rank: PlannedRank) -> RankMemory:
     """Return every term of a rank that is not zero."""
-    shape = StepShape(rank)
-    terms = [*_states(rank), *_training(rank, shape), *_generation(rank, shape)]
+    shape, terms = StepShape(rank), []
+    if rank.student is not None:
+        terms += [*_states(rank, rank.student), *_training(rank, rank.student, shape), *_generation(rank, rank.student, shape)]
     if rank.teacher is not None:
         terms += _teacher(rank, rank.teacher, shape)
+    if rank.teacher_known is not None:
+        terms += _payload(rank, rank.teacher_known.architecture.hidden_size * DTYPES[rank.config.training.precision].itemsize)
     return RankMemory(
         rank=rank.rank,
-        student_stage=rank.student.groups.stage,
+        student_stage=rank.student.groups.stage if rank.student else None,
         teacher_stage=rank.teacher.groups.stage if rank.teacher else None,
         terms=tuple(term for term in terms if term.num_bytes),
     )
 
 
-def _states(rank: PlannedRank) -> list[Term]:
+def _states(rank: PlannedRank, student: PlannedModel) -> list[Term]:
     """Weights, gradients and optimizer of the student; offloaded, the last two are there in training only."""
-    student = rank.student
-    count, itemsize = student.num_parameters, student.dtype.itemsize
+    count, num_expert, itemsize = student.counts.num_parameters, student.counts.num_expert_parameters, student.dtype.itemsize
     master = 0 if student.dtype == torch.float32 else FP32_BYTES
+    shares = ((count - num_expert, student.groups.num_writers), (num_expert, student.num_expert_copies))
+    over = f"the {student.groups.num_writers} ranks of DP x CP" + (f", of experts over {student.num_expert_copies} that hold the same" if num_expert else "")
     updating: Phase = "train" if rank.config.training.offload_optimizer else "always"
     return [
         Term(name="weights", phase="always", num_bytes=count * itemsize, why=f"{count:,} parameters of {itemsize} bytes"),
@@ -85,28 +90,30 @@ def _states(rank: PlannedRank) -> list[Term]:
         Term(
             name="optimizer",
             phase=updating,
-            num_bytes=-(-count * (master + 2 * FP32_BYTES) // student.groups.num_writers),
-            why=f"fp32 {'master weights and ' if master else ''}two moments, split over the {student.groups.num_writers} ranks of DP x CP; padding ignored",
+            num_bytes=sum(-(-number * (master + 2 * FP32_BYTES) // num_ranks) for number, num_ranks in shares),
+            why=f"fp32 {'master weights and ' if master else ''}two moments, split over {over}; padding ignored",
         ),
     ]
 
 
-def _training(rank: PlannedRank, shape: StepShape) -> list[Term]:
-    """Activations and, on the last stage, the loss with the teacher's hidden states of the whole step."""
-    student, architecture, groups = rank.student, rank.student.known.architecture, rank.student.groups
-    itemsize, micro_batch = student.dtype.itemsize, rank.config.training.micro_batch
-    one = stage_activation_bytes(
-        architecture,
-        groups.layout,
-        itemsize=itemsize,
-        micro_batch=micro_batch,
-        num_tokens=shape.micro_batch_tokens,
-        num_layers=student.num_layers,
-        is_last=groups.is_last_stage,
+def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> list[Term]:
+    """Activations and, on the last stage, the loss."""
+    architecture, groups = student.known.architecture, student.groups
+    itemsize, flight, layout = student.dtype.itemsize, shape.num_in_flight, groups.layout
+    plan, recompute = shape.training_plan, rank.config.training.recompute
+    batch = MicroBatchShape(num_tokens=shape.micro_batch_tokens, num_rows=plan.num_rows, packed=plan.packed, longest=max(plan.lengths))
+    # Of chunks, the last one is the largest: where it ends in a norm.
+    num_layers = student.counts.num_layers // layout.virtual
+    one = chunk_activation_bytes(
+        architecture, layout, batch, itemsize=itemsize, num_layers=num_layers, is_last=groups.is_last_stage, recompute=recompute == "full"
     )
-    flight = shape.num_in_flight
-    why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {student.num_layers} layers"
+    layers = f"{num_layers} layers" + (f" of a chunk, {layout.virtual} chunks" if layout.virtual > 1 else "")
+    kept = "inputs of layers only" if recompute == "full" else "all that a backward needs"
+    why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {layers}; recompute={recompute}: {kept}"
     terms = [Term(name="activations", phase="train", num_bytes=flight * one, why=why)]
+    if recompute == "full":
+        why = f"1 layer x {shape.micro_batch_tokens:,} tokens, computed again for its backward"
+        terms.append(Term(name="recomputed layer", phase="train", num_bytes=layer_bytes(architecture, layout, batch, itemsize), why=why))
     if not groups.is_last_stage:
         return terms
     num_columns, chunk = rank.padded_vocab // groups.layout.tensor, max(shape.chunk_tokens, default=0)
@@ -129,14 +136,14 @@ def _training(rank: PlannedRank, shape: StepShape) -> list[Term]:
     ]
 
 
-def _generation(rank: PlannedRank, shape: StepShape) -> list[Term]:
+def _generation(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> list[Term]:
     """The student as a writer of rollouts and of answers to held-out prompts."""
     config = rank.config
     terms = []
     if config.training.objective == "opd" and not config.rollout.replay:
-        terms += _writing(rank, rank.student, shape, "rollout", config.num_sequences, config.rollout.max_response_tokens)
+        terms += _writing(rank, student, shape, "rollout", config.num_sequences, config.rollout.max_response_tokens)
     if config.evaluation.prompts:
-        terms += _evaluation(rank, rank.student, shape, "evaluation")
+        terms += _evaluation(rank, student, shape, "evaluation")
     return terms
 
 
@@ -149,21 +156,21 @@ def _evaluation(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase:
 
 
 def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Phase, num_sequences: int, response_tokens: int) -> list[Term]:
-    architecture, tensor, itemsize = model.known.architecture, model.groups.layout.tensor, model.dtype.itemsize
+    architecture, layout, itemsize = model.known.architecture, model.groups.layout, model.dtype.itemsize
     batch, prompt_tokens = shape.decoded_sequences(model, num_sequences), rank.config.data.max_prompt_tokens
     length = prompt_tokens + response_tokens
-    per_token = 2 * itemsize * model.num_layers * architecture.num_kv_heads // tensor * architecture.head_dim
+    per_token = 2 * itemsize * model.counts.num_layers * architecture.num_kv_heads // layout.tensor * architecture.head_dim
     terms = [
         Term(
             name=f"KV cache, {phase}",
             phase=phase,
             num_bytes=batch * length * per_token,
-            why=f"{batch} sequences x {length:,} tokens x {model.num_layers} layers x {architecture.num_kv_heads // tensor} key-value heads",
+            why=f"{batch} sequences x {length:,} tokens x {model.counts.num_layers} layers x {architecture.num_kv_heads // layout.tensor} key-value heads",
         ),
         Term(
             name=f"prompts, {phase}",
             phase=phase,
-            num_bytes=batch * prompt_tokens * forward_bytes_per_token(architecture, tensor, itemsize),
+            num_bytes=batch * prompt_tokens * forward_bytes_per_token(architecture, layout, itemsize=itemsize, num_layers=model.counts.num_layers),
             why=f"forward of {batch} prompts of {prompt_tokens:,} tokens, at its widest",
         ),
     ]
@@ -174,35 +181,19 @@ def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Ph
 
 
 def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list[Term]:
-    """The teacher's weights, its forward, and its hidden states on their way to the student's last stage and there."""
-    architecture, itemsize, tensor = teacher.known.architecture, teacher.dtype.itemsize, teacher.groups.layout.tensor
-    row_bytes, payload, tokens = architecture.hidden_size * itemsize, rank.payload, shape.teacher_batch_tokens
-    held, buffered, needed = payload.held_rows(rank.rank), payload.buffered_rows(rank.rank), payload.needed_rows(rank.rank)
+    """The teacher's weights, its forward, and its answers to held-out prompts."""
+    architecture, itemsize, tokens, counts = teacher.known.architecture, teacher.dtype.itemsize, shape.teacher_batch_tokens, teacher.counts
     evaluates = bool(rank.config.evaluation.teacher and rank.config.evaluation.prompts)
+    why, num_bytes = f"{counts.num_parameters:,} parameters, no gradient", counts.num_parameters * itemsize
     terms = [
-        *(
-            Term(name="teacher weights", phase=phase, num_bytes=teacher.num_parameters * itemsize, why=f"{teacher.num_parameters:,} parameters, no gradient")
-            for phase in _teacher_phases(rank, evaluates)
-        ),
+        *(Term(name="teacher weights", phase=phase, num_bytes=num_bytes, why=why) for phase in _teacher_phases(rank, evaluates)),
         Term(
             name="teacher forward",
             phase="teacher",
-            num_bytes=tokens * forward_bytes_per_token(architecture, tensor, itemsize),
+            num_bytes=tokens * forward_bytes_per_token(architecture, teacher.groups.layout, itemsize=itemsize, num_layers=counts.num_layers),
             why=f"{shape.teacher_batch} sequences, {tokens:,} tokens on this rank, at its widest",
         ),
-        Term(
-            name="payload, scored and sent",
-            phase="teacher",
-            num_bytes=(held + buffered + needed) * row_bytes,
-            why=f"{held:,} rows held, {buffered:,} in messages, {needed:,} joined by sample, of {row_bytes:,} bytes",
-        ),
-        # Once by sample, and once joined into micro-batches.
-        Term(name="payload, in training", phase="train", num_bytes=2 * needed * row_bytes, why=f"2 x {needed:,} rows of {row_bytes:,} bytes"),
     ]
-    if rank.student.groups.is_last_stage:
-        num_columns = rank.padded_vocab // rank.student.groups.layout.tensor
-        why = f"[W {num_columns:,}, G {architecture.hidden_size:,}], cut as the student's vocabulary is"
-        terms.append(Term(name="teacher head slice", phase="always", num_bytes=num_columns * row_bytes, why=why))
     if evaluates:
         terms += _evaluation(rank, teacher, shape, "teacher evaluation")
     return terms
@@ -210,6 +201,26 @@ def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list
 
 def _teacher_phases(rank: PlannedRank, evaluates: bool) -> list[Phase]:
     """Return when the teacher's weights are on the device."""
-    if rank.teacher_settings is None or rank.teacher_settings.placement != "offloaded":
+    if rank.config.teacher is None or rank.config.teacher.placement != "offloaded":
         return ["always"]
     return ["teacher", "teacher evaluation"] if evaluates else ["teacher"]
+
+
+def _payload(rank: PlannedRank, row_bytes: int) -> list[Term]:
+    """The teacher's hidden states of a step on their way to the student's last stage and there, and the head that makes logits of them."""
+    payload, student, settings = rank.payload, rank.student, rank.config.teacher
+    held, buffered, needed = payload.held_rows(rank.rank), payload.buffered_rows(rank.rank), payload.needed_rows(rank.rank)
+    why = f"{held:,} rows held, {buffered:,} in messages, {needed:,} joined by sample, of {row_bytes:,} bytes"
+    terms = [
+        Term(name="payload, scored and sent", phase="teacher", num_bytes=(held + buffered + needed) * row_bytes, why=why),
+        # Once by sample, and once joined into micro-batches.
+        Term(name="payload, in training", phase="train", num_bytes=2 * needed * row_bytes, why=f"2 x {needed:,} rows of {row_bytes:,} bytes"),
+    ]
+    if settings is not None and settings.staleness:
+        why = f"{needed:,} rows of {row_bytes:,} bytes, while the student writes the batch after theirs"
+        terms.append(Term(name="payload, waiting", phase="rollout", num_bytes=needed * row_bytes, why=why))
+    if student is not None and student.groups.is_last_stage:
+        num_columns = rank.padded_vocab // student.groups.layout.tensor
+        why = f"[W {num_columns:,}, G {row_bytes // student.dtype.itemsize:,}], cut as the student's vocabulary is"
+        terms.append(Term(name="teacher head slice", phase="always", num_bytes=num_columns * row_bytes, why=why))
+    return terms

@@ -1,20 +1,21 @@
 """What one rank sends in one optimizer step, by process group: how many messages and of how many bytes.
 
 Bytes are those of the tensor that a collective works on, not of the traffic that an algorithm makes of it. Left out: a handful of scalars a step
-(sums of the loss, the gradient norm), the exchange of sampled tokens, and evaluation.
+(sums of the loss, the gradient norm), the exchange of sampled tokens, and evaluation. Tokens are taken to visit all experts equally often.
 Shapes: B sequences, S padded length, T scored positions of a micro-batch, N tokens of one chunk, H / G hidden sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from opd_megatron.parallel.layout import replica_share
 from opd_megatron.planning.activations import FP32_BYTES
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
 from opd_megatron.planning.step_shape import StepShape
 
+# Counts of tokens are int64.
+_INDEX_BYTES = 8
 # Values per token that a chunk of the loss exchanges at most: maxima in fp32, then sums in fp64 (masses, moments, the picked logit and its owner).
 _LOSS_VALUES = {"maxima": (2, FP32_BYTES), "sums": (6, 8)}
 
@@ -34,19 +35,24 @@ class Message:
 def rank_messages(rank: PlannedRank) -> list[Message]:
     """Return what a rank sends; nothing is listed of a group of one."""
     shape = StepShape(rank)
-    found = [*_rollout(rank, shape), *_teacher(rank, shape), *_training(rank, shape), *_optimizer(rank)]
+    found: list[Message] = []
+    if rank.student is not None:
+        found += _rollout(rank, rank.student, shape)
+    if rank.teacher is not None:
+        found += _teacher(rank, rank.teacher, shape)
+    if rank.student is not None:
+        found += [*_training(rank, rank.student, shape), *_optimizer(rank, rank.student)]
     return [message for message in found if message.count]
 
 
-def _rollout(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
+def _rollout(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """Every token is one pass through the pipeline of all sequences that are decoded together."""
-    config, student = rank.config, rank.student
+    config = rank.config
     if config.training.objective != "opd" or config.rollout.replay:
         return
     batch = shape.decoded_sequences(student, config.num_sequences)
-    own = len(replica_share(config.num_sequences, student.groups.writer, student.groups.num_writers))
-    passes = -(-own // batch) * shape.response_tokens
-    yield from _forward(student, "rollout", passes, batch * _row_bytes(student), "a token of [B, H]; the prompt's pass is larger")
+    passes = -(-shape.written_by(student) // batch) * shape.response_tokens
+    yield from _forward(student, "rollout", passes, batch, "a token of [B, H]; the prompt's pass is larger")
     groups = student.groups
     if groups.layout.tensor > 1 and groups.is_last_stage:
         num_bytes = FP32_BYTES * batch * rank.padded_vocab
@@ -55,16 +61,13 @@ def _rollout(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
         yield Message(phase="rollout", group="student TP x PP", operation="broadcast", count=passes, num_bytes=16 * batch, why="token and log-probability")
 
 
-def _teacher(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
+def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """One forward for each batch of the share, then the hidden states to the student's last stage."""
-    teacher = rank.teacher
-    if teacher is None:
-        return
     tokens, batches = shape.teacher_batch_tokens, shape.num_teacher_batches
-    yield from _forward(teacher, "teacher", batches, tokens * _row_bytes(teacher), "[S, B, G]")
+    yield from _forward(teacher, "teacher", batches, tokens, "[S, B, G]")
     if teacher.groups.layout.context > 1:
         num_bytes, why = tokens * teacher.groups.layout.context * _key_value_bytes(teacher), "keys and values of a layer, of all positions"
-        yield Message(phase="teacher", group="teacher CP", operation="all-gather", count=batches * teacher.num_layers, num_bytes=num_bytes, why=why)
+        yield Message(phase="teacher", group="teacher CP", operation="all-gather", count=batches * teacher.counts.num_layers, num_bytes=num_bytes, why=why)
     sent = rank.payload.sent_rows(rank.rank)
     largest = max(sent, default=0) * _row_bytes(teacher)
     yield Message(
@@ -75,45 +78,84 @@ def _teacher(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
         yield Message(phase="teacher", group="student TP", operation="all-gather", count=len(gathered), num_bytes=max(gathered) * _row_bytes(teacher), why=why)
 
 
-def _forward(model: PlannedModel, phase: str, passes: int, num_bytes: int, why: str) -> Iterator[Message]:
-    """Passes without gradients, in which no sequence is split: two sums a layer, one after the embedding, and one send to the next stage."""
-    groups, role = model.groups, "student" if phase == "rollout" else "teacher"
+def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str) -> Iterator[Message]:
+    """Passes without gradients, in which no sequence is split: sums in every layer, one after the embedding, and one send to the next stage."""
+    groups, role, num_bytes = model.groups, "student" if phase == "rollout" else "teacher", tokens * _row_bytes(model)
     if groups.layout.tensor > 1:
-        count = passes * (2 * model.num_layers + groups.is_first_stage)
-        yield Message(phase=phase, group=f"{role} TP", operation="all-reduce", count=count, num_bytes=num_bytes, why=f"2 a layer, 1 embedding: {why}")
-    if not groups.is_last_stage:
-        yield Message(phase=phase, group=f"{role} PP", operation="send", count=passes, num_bytes=num_bytes, why=why)
+        per_layer = _split_blocks(model)
+        count = passes * (per_layer * model.counts.num_layers + groups.is_first_stage)
+        yield Message(phase=phase, group=f"{role} TP", operation="all-reduce", count=count, num_bytes=num_bytes, why=f"{per_layer} a layer, 1 embedding: {why}")
+    if groups.layout.expert > 1:
+        step_why = "whether any replica has text, before each pass and once in vain"
+        yield Message(phase=phase, group=f"{role} TP x CP x DP", operation="all-reduce", count=passes + 1, num_bytes=FP32_BYTES, why=step_why)
+        yield from _experts(model, phase, role, passes, tokens)
+    sends = passes * (groups.layout.virtual - groups.is_last_stage)
+    yield Message(phase=phase, group=f"{role} PP", operation="send", count=sends, num_bytes=num_bytes, why=why)
 
 
-def _training(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
+def _split_blocks(model: PlannedModel) -> int:
+    """Return how many blocks of a layer the tensor group splits: attention, and a feed-forward that is no mixture of experts."""
+    return 1 if model.known.architecture.experts else 2
+
+
+def _experts(model: PlannedModel, phase: str, role: str, passes: int, tokens: int, directions: Sequence[str] = ("forward",)) -> Iterator[Message]:
+    """Copies of `tokens` to the ranks of their experts and back, in every layer."""
+    experts, group, size = model.known.architecture.experts, f"{role} EP", model.groups.layout.expert
+    if experts is None or size == 1:
+        return
+    count, copies = passes * model.counts.num_layers, tokens * experts.experts_per_token
+    for direction in directions:
+        if direction != "backward":
+            num_bytes, why = _INDEX_BYTES * experts.num_experts * size, f"{direction}: copies for every expert, 1 a layer"
+            yield Message(phase=phase, group=group, operation="all-gather", count=count, num_bytes=num_bytes, why=why)
+        why = f"{direction}: copies out and back, 2 a layer: [{experts.experts_per_token} x tokens, H]"
+        yield Message(phase=phase, group=group, operation="all-to-all", count=2 * count, num_bytes=copies * _row_bytes(model), why=why)
+        why = f"{direction}: weights of copies, 1 a layer, fp32"
+        yield Message(phase=phase, group=group, operation="all-to-all", count=count, num_bytes=copies * FP32_BYTES, why=why)
+
+
+def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """Forward and backward of every micro-batch."""
-    student, batches = rank.student, shape.num_micro_batches
-    groups, layout = student.groups, student.groups.layout
-    activation = shape.micro_batch_tokens * _row_bytes(student)
+    batches, groups, layout = shape.num_micro_batches, student.groups, student.groups.layout
+    activation, again = shape.micro_batch_tokens * _row_bytes(student), rank.config.training.recompute == "full"
 
     def tensor(operation: str, per_batch: int, why: str, num_bytes: int = activation) -> Message:
         return Message(phase="train", group="student TP", operation=operation, count=batches * per_batch, num_bytes=num_bytes, why=why)
 
     if layout.tensor > 1:
-        layers, first, last = student.num_layers, groups.is_first_stage, groups.is_last_stage
+        per_layer, first, last = _split_blocks(student), groups.is_first_stage, groups.is_last_stage
+        blocks = per_layer * student.counts.num_layers
         if layout.sequence:
-            yield tensor("all-gather", 2 * layers + last, "forward: 2 a layer, 1 before the head: [S, B, H]")
-            yield tensor("reduce-scatter", 2 * layers + first, "forward: 2 a layer, 1 embedding: [S, B, H]")
+            yield tensor("all-gather", blocks + last, f"forward: {per_layer} a layer, 1 before the head: [S, B, H]")
+            yield tensor("reduce-scatter", blocks + first, f"forward: {per_layer} a layer, 1 embedding: [S, B, H]")
             # The input of a split projection is gathered again for the gradient of its weight.
-            yield tensor("all-gather", 4 * layers + first, "backward: 4 a layer, 1 embedding: [S, B, H]")
-            yield tensor("reduce-scatter", 2 * layers + last, "backward: 2 a layer, 1 before the head: [S, B, H]")
+            yield tensor("all-gather", 2 * blocks + first, f"backward: {2 * per_layer} a layer, 1 embedding: [S, B, H]")
+            yield tensor("reduce-scatter", blocks + last, f"backward: {per_layer} a layer, 1 before the head: [S, B, H]")
+            if again:
+                yield tensor("all-gather", blocks, f"recomputation: {per_layer} a layer: [S, B, H]")
+                yield tensor("reduce-scatter", blocks, f"recomputation: {per_layer} a layer: [S, B, H]")
         else:
-            yield tensor("all-reduce", 2 * layers + first, "forward: 2 a layer, 1 embedding: [S, B, H]")
-            yield tensor("all-reduce", 2 * layers, "backward: 2 a layer: [S, B, H]")
+            yield tensor("all-reduce", blocks + first, f"forward: {per_layer} a layer, 1 embedding: [S, B, H]")
+            yield tensor("all-reduce", blocks, f"backward: {per_layer} a layer: [S, B, H]")
+            yield tensor("all-reduce", blocks * again, f"recomputation: {per_layer} a layer: [S, B, H]")
             yield tensor("all-reduce", last, "backward: hidden states before the head: [T, H]", shape.scored_tokens * _row_bytes(student))
         if last:
             yield from _loss(rank, shape)
     if layout.context > 1:
-        count, num_bytes = batches * student.num_layers, shape.micro_batch_tokens * layout.context * _key_value_bytes(student)
+        count, num_bytes = batches * student.counts.num_layers, shape.micro_batch_tokens * layout.context * _key_value_bytes(student)
         why = "keys and values of a layer, of all positions"
-        yield Message(phase="train", group="student CP", operation="all-gather", count=count, num_bytes=num_bytes, why=f"forward: {why}")
+        times = "forward and recomputation" if again else "forward"
+        yield Message(phase="train", group="student CP", operation="all-gather", count=count * (1 + again), num_bytes=num_bytes, why=f"{times}: {why}")
         yield Message(phase="train", group="student CP", operation="reduce-scatter", count=count, num_bytes=num_bytes, why=f"backward: {why}")
-    sends = batches * ((not groups.is_last_stage) + (not groups.is_first_stage))
+    yield from _experts(
+        student,
+        "train",
+        "student",
+        batches,
+        shape.micro_batch_tokens // (layout.tensor if layout.sequence else 1),
+        ("forward", "recomputation", "backward")[:: 1 if again else 2],
+    )
+    sends = batches * (2 * layout.virtual - groups.is_last_stage - groups.is_first_stage)
     num_bytes = activation // (layout.tensor if layout.sequence else 1)
     yield Message(phase="train", group="student PP", operation="send", count=sends, num_bytes=num_bytes, why="forward and backward [S, B, H]")
 
@@ -130,36 +172,31 @@ def _loss(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
         yield Message(phase="train", group="student TP", operation="all-reduce or all-gather", count=count, num_bytes=num_bytes, why=why)
 
 
-def _optimizer(rank: PlannedRank) -> Iterator[Message]:
+def _optimizer(rank: PlannedRank, student: PlannedModel) -> Iterator[Message]:
     """Once a step: gradients to the replica that updates them, updated weights back."""
-    student, groups, layout = rank.student, rank.student.groups, rank.student.groups.layout
+    groups, layout = student.groups, student.groups.layout
     at_an_end = groups.is_first_stage or groups.is_last_stage
     tied = rank.padded_vocab // layout.tensor * student.known.architecture.hidden_size
     shared = tied if student.known.architecture.tied and layout.pipeline > 1 and at_an_end else 0
-    # An embedding that two stages share has a bucket of its own.
-    for count, what in ((student.num_parameters - shared, "parameters"), (shared, "parameters of the tied embedding")):
-        if groups.num_writers > 1 and count:
-            gradients, weights = f"gradients of {count:,} {what}, fp32", f"{count:,} updated {what}"
-            yield Message(phase="optimizer", group="student DP x CP", operation="reduce-scatter", count=1, num_bytes=count * FP32_BYTES, why=gradients)
-            yield Message(phase="optimizer", group="student DP x CP", operation="all-gather", count=1, num_bytes=count * student.dtype.itemsize, why=weights)
+    data, experts = ("student DP x CP", groups.num_writers), ("student expert DP", student.num_expert_copies)
+    # Megatron-Core has an optimizer of its own for experts, and each of the two gathers the weights of both.
+    gathers = 2 if student.counts.num_expert_parameters else 1
+    # An embedding that two stages share has a bucket of its own, experts a buffer, and every chunk its own buffers.
+    for count, what, (group, num_ranks), times in (
+        (student.counts.num_parameters - student.counts.num_expert_parameters - shared, "parameters", data, layout.virtual),
+        (shared, "parameters of the tied embedding", data, 1),
+        (student.counts.num_expert_parameters, "parameters of experts", experts, layout.virtual),
+    ):
+        if num_ranks > 1 and count:
+            gradients, weights, each = f"gradients of {count:,} {what}, fp32", f"{count:,} updated {what}", count // times
+            yield Message(phase="optimizer", group=group, operation="reduce-scatter", count=times, num_bytes=each * FP32_BYTES, why=gradients)
+            yield Message(phase="optimizer", group=group, operation="all-gather", count=gathers * times, num_bytes=each * student.dtype.itemsize, why=weights)
     if shared:
         why = "gradient of the tied embedding [W, H], fp32, between first and last stage"
         yield Message(phase="optimizer", group="student PP ends", operation="all-reduce", count=1, num_bytes=FP32_BYTES * shared, why=why)
-    partial = _partial_gradients(student)
-    if partial:
+    if partial := student.counts.num_partial_parameters:
         why = "gradients of norms that saw a part of the sequence, or of the heads, fp32"
         yield Message(phase="optimizer", group="student TP", operation="all-reduce", count=1, num_bytes=FP32_BYTES * partial, why=why)
-
-
-def _partial_gradients(model: PlannedModel) -> int:
-    """Return how many parameters every tensor rank holds whole and has only a part of the gradient of."""
-    if model.groups.layout.tensor == 1:
-        return 0
-    return sum(
-        parameter.numel()
-        for name, parameter in model.model.named_parameters()
-        if getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name
-    )
 
 
 def _key_value_bytes(model: PlannedModel) -> int:

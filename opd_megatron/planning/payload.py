@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.batch_plan import TrainingBatches, plan_scoring
 from opd_megatron.data.batches import Sample
-from opd_megatron.parallel.context import padded_length
-from opd_megatron.parallel.layout import RankGrid, replica_share
+from opd_megatron.parallel.layout import RankGrid
 from opd_megatron.parallel.payload import PayloadPlan, plan_payload
-from opd_megatron.teacher.routing import Piece, Place, cut_into_pieces
+from opd_megatron.teacher.routing import Piece, cut_into_pieces
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,31 @@ class Payload:
         return most
 
 
+def model_grids(config: RunConfig) -> dict[str, RankGrid]:
+    """Return where the models of a run are, in the ranks of the whole job; a teacher on ranks of its own has the last."""
+    own = config.num_teacher_ranks
+    grids = {"student": RankGrid(layout=config.student.layout, num_ranks=config.world_size - own)}
+    if config.teacher is not None and config.training.objective == "opd":
+        grids["teacher"] = RankGrid(layout=config.teacher.layout, num_ranks=own or config.world_size, first_rank=config.world_size - own if own else 0)
+    return grids
+
+
+def longest_samples(config: RunConfig) -> list[int]:
+    """Return the lengths of a step's samples: every prompt and every response at its limit."""
+    return [config.data.max_prompt_tokens + config.rollout.max_response_tokens] * config.num_sequences
+
+
 def step_payload(config: RunConfig) -> Payload:
     """Return the payload of one step; none without a teacher."""
-    if config.teacher is None or config.training.objective != "opd":
+    grids = model_grids(config)
+    if "teacher" not in grids:
         return Payload((), PayloadPlan((), ()))
     prompt, response = torch.zeros(config.data.max_prompt_tokens, dtype=torch.long), torch.zeros(config.rollout.max_response_tokens, dtype=torch.long)
     samples = [Sample(index, 0, prompt, response, None, False) for index in range(config.num_sequences)]
-    grids = [RankGrid(layout=model.layout, num_ranks=config.world_size) for model in (config.teacher, config.student)]
-    teacher_places, student_places = (_places(config, grid) for grid in grids)
-    pieces = cut_into_pieces(samples, grids[0], teacher_places, grids[1], student_places)
+    teacher, student = grids["teacher"], grids["student"]
+    num_tokens = longest_samples(config)
+    scoring = plan_scoring(num_tokens, teacher.layout, teacher.data_size, config.teacher.micro_batch if config.teacher is not None else 1)
+    training = TrainingBatches.of(config, student.data_size).plan(num_tokens)
+    pieces = cut_into_pieces(samples, teacher, scoring.places(), student, training.places())
     plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
     return Payload(tuple(pieces), plan)
-
-
-def _places(config: RunConfig, grid: RankGrid) -> list[Place]:
-    """Return where one model has each sample."""
-    length = padded_length(config.data.max_prompt_tokens + config.rollout.max_response_tokens, grid.layout)
-    return [Place(replica=replica, length=length) for replica in range(grid.data_size) for _ in replica_share(config.num_sequences, replica, grid.data_size)]

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_megatron.config import RunConfig
+from opd_megatron.models.gpt import DTYPES
+from opd_megatron.parallel.layout import RankGrid
 from opd_megatron.planning.architectures import KnownModel, know_model
 from opd_megatron.planning.memory import RankMemory, rank_memory
 from opd_megatron.planning.messages import Message, rank_messages
-from opd_megatron.planning.payload import step_payload
+from opd_megatron.planning.payload import model_grids, step_payload
 from opd_megatron.planning.ranks import plan_rank, ranks_to_plan
 from opd_megatron.planning.step_shape import StepShape
 
@@ -21,10 +23,11 @@ class ModelPlan:
 
     role: str
     known: KnownModel
-    layout: str
-    data_size: int
-    tensor: int
-    picture: str
+    grid: RankGrid
+
+    @property
+    def layout(self) -> str:
+        return self.grid.layout.describe()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,42 +47,35 @@ class Plan:
         return max(self.ranks, key=lambda rank: rank.total_bytes)
 
     @property
+    def largest_of_each_kind(self) -> list[RankMemory]:
+        """The largest of the ranks that hold a part of the student, and of those of the teacher's own where it has some."""
+        kinds = ([rank for rank in self.ranks if (rank.student_stage is None) == own] for own in (False, True))
+        return [max(ranks, key=lambda rank: rank.total_bytes) for ranks in kinds if ranks]
+
+    @property
     def shown(self) -> list[int]:
-        """Return the places in `ranks` of the first, the middle, the last and the largest rank of the world."""
-        wanted = {0, self.config.world_size // 2, self.config.world_size - 1, self.largest.rank}
+        """Return the places in `ranks` of the first, the middle and the last rank of the world, and of the largest of each kind."""
+        wanted = {0, self.config.world_size // 2, self.config.world_size - 1, *(rank.rank for rank in self.largest_of_each_kind)}
         return [place for place, rank in enumerate(self.ranks) if rank.rank in wanted]
 
 
 def make_plan(config: RunConfig, published: Sequence[Path]) -> Plan:
     """Return the plan of a run on `config.world_size` ranks; `published` are for models that are not here yet: `know_model`.
 
-    Raises ValueError where the layouts do not fit the world or the models, and for a teacher on ranks of its own.
+    Raises ValueError where the layouts do not fit the world or the models.
     """
     config.check_world(config.world_size)
-    if config.num_teacher_ranks:
-        raise ValueError("teacher.placement=dedicated is not planned yet; plan it as colocated or offloaded")
     student = know_model("student", config.student, published)
     teacher = know_model("teacher", config.teacher, published) if config.teacher is not None and config.training.objective == "opd" else None
     payload = step_payload(config)
-    first = plan_rank(config, student, teacher, payload, rank=0)
-    ranks = [first, *(plan_rank(config, student, teacher, payload, rank) for rank in ranks_to_plan(first)[1:])]
+    ranks = [plan_rank(config, student, teacher, payload, rank) for rank in ranks_to_plan(config)]
+    known = {"student": student, "teacher": teacher}
     return Plan(
         config=config,
-        models=tuple(
-            ModelPlan(
-                role=role,
-                known=model.known,
-                layout=model.groups.layout.describe(),
-                data_size=model.groups.data_size,
-                tensor=model.groups.layout.tensor,
-                picture=model.groups.picture(role),
-            )
-            for role, model in (("student", first.student), ("teacher", first.teacher))
-            if model is not None
-        ),
-        num_micro_batches=StepShape(first).num_micro_batches,
+        models=tuple(ModelPlan(role=role, known=model, grid=grid) for role, grid in model_grids(config).items() if (model := known[role]) is not None),
+        num_micro_batches=StepShape(ranks[0]).num_micro_batches,
         payload_messages=payload.num_messages,
-        payload_bytes=payload.plan.sent_rows() * (teacher.architecture.hidden_size * first.student.dtype.itemsize if teacher else 0),
+        payload_bytes=payload.plan.sent_rows() * (teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize if teacher else 0),
         ranks=tuple(rank_memory(rank) for rank in ranks),
         messages=tuple(tuple(rank_messages(rank)) for rank in ranks),
     )

@@ -2,88 +2,135 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opd_megatron.config import RunConfig, TeacherConfig
-from opd_megatron.models.gpt import DTYPES, ModelChunks, build_gpt
+from opd_megatron.config import ParallelLayout, RunConfig
+from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.gpt import DTYPES, build_gpt
 from opd_megatron.parallel.cpu import enable_cpu_backend
 from opd_megatron.parallel.groups import ModelGroups, forget_student_groups, student_groups, teacher_groups
+from opd_megatron.parallel.layout import RankGrid
 from opd_megatron.planning.architectures import KnownModel
-from opd_megatron.planning.payload import Payload
+from opd_megatron.planning.payload import Payload, model_grids
+
+# A norm of queries or of keys sees the heads of its tensor rank.
+_HEAD_NORM = re.compile("[qk]_layernorm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one rank holds of a model: layers, and parameters."""
+
+    num_layers: int
+    num_parameters: int
+    # Of experts, whose copies are on other ranks than those of the other parameters.
+    num_expert_parameters: int
+    # Whole on every tensor rank, each of which has only a part of their gradient.
+    num_partial_parameters: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """One model as one rank holds it: no bytes, all shapes."""
+    """One model as one rank holds it."""
 
     known: KnownModel
     groups: ModelGroups
-    model: ModelChunks
+    counts: Counts
     dtype: torch.dtype
 
     @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of this rank's pipeline stage."""
-        return sum(len(chunk.decoder.layers) for chunk in self.model)
+    def num_expert_copies(self) -> int:
+        """Ranks of a stage that hold the same experts."""
+        return self.groups.grid.expert_shape["expt_dp"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRank:
-    """Both models of one rank, and what all ranks exchange; `teacher_settings` and `teacher` are None where the run has no teacher."""
+    """What one rank holds of both models, None of one that is elsewhere, and what all ranks exchange; without a teacher `teacher_known` is None."""
 
     rank: int
     config: RunConfig
     payload: Payload
-    student: PlannedModel
+    student_known: KnownModel
+    teacher_known: KnownModel | None
+    student: PlannedModel | None
     teacher: PlannedModel | None
-    teacher_settings: TeacherConfig | None
 
     @property
     def padded_vocab(self) -> int:
-        return self.student.known.architecture.padded_vocab_size(self.student.groups.layout.tensor, self.config.student.vocab_multiple)
+        return self.student_known.architecture.padded_vocab_size(self.config.student.layout.tensor, self.config.student.vocab_multiple)
 
 
 def plan_rank(config: RunConfig, student: KnownModel, teacher: KnownModel | None, payload: Payload, rank: int) -> PlannedRank:
-    """Return what `rank` of `config.world_size` ranks builds; tenths of a second, whatever the size of the world or of the models."""
+    """Return what `rank` of `config.world_size` ranks builds; tenths of a second, whatever the size of the world, and seconds for a new mixture of experts."""
+    grids = model_grids(config)
+    return PlannedRank(
+        rank=rank,
+        config=config,
+        payload=payload,
+        student_known=student,
+        teacher_known=teacher,
+        student=_plan_model(config, "student", student, grids["student"], rank),
+        teacher=_plan_model(config, "teacher", teacher, grids["teacher"], rank) if teacher is not None else None,
+    )
+
+
+def _plan_model(config: RunConfig, role: str, known: KnownModel, grid: RankGrid, rank: int) -> PlannedModel | None:
+    """Return a model as `rank` of the job holds it, in the world of the model's own ranks; None where it holds nothing of it."""
+    if rank not in grid.ranks:
+        return None
     precision = config.training.precision
-    with _fake_world(rank, config.world_size), _on_meta_device():
-        groups = student_groups(config.student.layout, config.seed)
-        model = build_gpt(student.architecture, groups, precision=precision, vocab_multiple=config.student.vocab_multiple)
-        planned = PlannedModel(known=student, groups=groups, model=model, dtype=DTYPES[precision])
-        other = None
-        if teacher is not None and config.teacher is not None:
-            groups = teacher_groups(config.teacher.layout)
-            model = build_gpt(teacher.architecture, groups, precision=precision, vocab_multiple=1)
-            other = PlannedModel(known=teacher, groups=groups, model=model, dtype=DTYPES[precision])
-    return PlannedRank(rank=rank, config=config, payload=payload, student=planned, teacher=other, teacher_settings=config.teacher if other else None)
+    with _fake_world(rank - grid.first_rank, grid.num_ranks), _on_meta_device():
+        groups = student_groups(grid.layout, config.seed) if role == "student" else teacher_groups(grid.layout)
+        counts = _count(known.architecture, groups, precision, config.student.vocab_multiple if role == "student" else 1)
+    return PlannedModel(known=known, groups=groups, counts=counts, dtype=DTYPES[precision])
 
 
-def ranks_to_plan(example: PlannedRank) -> list[int]:
-    """Return the first, the middle and the last rank of the world, and one rank of every other kind: they differ by the stages of both models.
+# Of what was built before, whatever the world was: thousands of experts take seconds to build.
+_counted: dict[tuple[Architecture, ParallelLayout, int, str, int], Counts] = {}
+
+
+def _count(architecture: Architecture, groups: ModelGroups, precision: Literal["bf16", "fp32"], vocab_multiple: int) -> Counts:
+    """Return the counts of the model that a rank with these groups builds."""
+    key = (architecture, groups.layout, groups.stage, precision, vocab_multiple)
+    if key not in _counted:
+        model = build_gpt(architecture, groups, precision=precision, vocab_multiple=vocab_multiple)
+        parameters = dict(model.named_parameters())
+        partial = [parameter for name, parameter in parameters.items() if getattr(parameter, "sequence_parallel", False) or _HEAD_NORM.search(name)]
+        _counted[key] = Counts(
+            num_layers=sum(len(chunk.decoder.layers) for chunk in model),
+            num_parameters=sum(parameter.numel() for parameter in parameters.values()),
+            num_expert_parameters=sum(parameter.numel() for parameter in parameters.values() if not getattr(parameter, "allreduce", True)),
+            num_partial_parameters=sum(parameter.numel() for parameter in partial) if groups.layout.tensor > 1 else 0,
+        )
+    return _counted[key]
+
+
+def ranks_to_plan(config: RunConfig) -> list[int]:
+    """Return the first, the middle and the last rank of the world, and one rank of every other kind: they differ by what stages they are of both models.
 
     On a last stage the context ranks differ as well, by how many scored positions they hold.
     """
-    world_size = example.config.world_size
-    models = [model.groups for model in (example.student, example.teacher) if model is not None]
-    chosen: dict[tuple[tuple[int, int], ...], int] = {}
+    grids, world_size = model_grids(config).values(), config.world_size
+    chosen: dict[tuple[tuple[int, int] | None, ...], int] = {}
     for rank in (0, world_size // 2, world_size - 1, *range(world_size)):
-        chosen.setdefault(tuple(_kind(groups, rank) for groups in models), rank)
+        chosen.setdefault(tuple(_kind(grid, rank) for grid in grids), rank)
     return sorted({0, world_size // 2, world_size - 1, *chosen.values()})
 
 
-def _kind(groups: ModelGroups, rank: int) -> tuple[int, int]:
-    cell = groups.grid.cell(rank)
-    return cell.stage, cell.context if cell.stage == groups.layout.pipeline - 1 else 0
+def _kind(grid: RankGrid, rank: int) -> tuple[int, int] | None:
+    if rank not in grid.ranks:
+        return None
+    cell = grid.cell(rank)
+    return cell.stage, cell.context if cell.stage == grid.layout.pipeline - 1 else 0
 
 
 @contextmanager

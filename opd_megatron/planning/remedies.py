@@ -16,20 +16,22 @@ _DOUBLINGS = (2, 4, 8)
 _NUM_SHOWN = 3
 # The keys that shrink a term; `*` grows, `/` shrinks.
 _REMEDIES = {
-    "weights": ("*student.layout.tensor", "*student.layout.pipeline"),
-    "gradients": ("training.offload_optimizer=true", "*student.layout.tensor", "*student.layout.pipeline"),
+    "weights": ("*student.layout.expert", "*student.layout.tensor", "*student.layout.pipeline"),
+    "gradients": ("training.offload_optimizer=true", "*student.layout.expert", "*student.layout.tensor", "*student.layout.pipeline"),
     "optimizer": ("training.offload_optimizer=true", "*world_size", "*student.layout.tensor", "*student.layout.pipeline"),
     "activations": (
+        "training.recompute=full",
         "/training.micro_batch",
         "student.layout.sequence=true",
         "*student.layout.tensor",
         "*student.layout.context",
         "/rollout.max_response_tokens",
     ),
+    "recomputed layer": ("/training.micro_batch", "student.layout.sequence=true", "*student.layout.tensor", "*student.layout.context"),
     "loss chunk": ("*student.layout.tensor", "/training.micro_batch", "loss.chunk_tokens=256"),
     "head gradient": ("*student.layout.tensor",),
     "teacher head slice": ("*student.layout.tensor",),
-    "teacher weights": ("teacher.placement=offloaded", "*teacher.layout.tensor", "*teacher.layout.pipeline"),
+    "teacher weights": ("teacher.placement=offloaded", "*teacher.layout.expert", "*teacher.layout.tensor", "*teacher.layout.pipeline"),
     "teacher forward": ("/teacher.micro_batch", "*teacher.layout.tensor", "*teacher.layout.context"),
     "payload": ("*world_size", "/data.batch_prompts"),
     "KV cache": ("/rollout.batch_sequences", "*student.layout.tensor"),

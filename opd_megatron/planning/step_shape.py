@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from opd_megatron.data.batch_plan import TrainingBatches, TrainingPlan
 from opd_megatron.losses.vocab_parallel import token_chunks
 from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.parallel.layout import replica_share
+from opd_megatron.planning.payload import longest_samples
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
 
 
@@ -19,13 +22,25 @@ class StepShape:
     rank: PlannedRank
 
     @property
+    def _student(self) -> PlannedModel:
+        assert self.rank.student is not None, "a rank of the teacher's own does not train"
+        return self.rank.student
+
+    @property
     def response_tokens(self) -> int:
         return self.rank.config.rollout.max_response_tokens
 
+    @cached_property
+    def training_plan(self) -> TrainingPlan:
+        """The micro-batches of all replicas, as the run makes them."""
+        groups = self._student.groups
+        return TrainingBatches.of(self.rank.config, groups.data_size).plan(longest_samples(self.rank.config))
+
     @property
     def micro_batch_tokens(self) -> int:
-        """Positions of one training micro-batch that this rank computes: B S, over its context group."""
-        return self.rank.config.training.micro_batch * self._tokens_of(self.rank.student)
+        """Positions of one training micro-batch that this rank computes, over its context group."""
+        plan = self.training_plan
+        return plan.num_rows * plan.row_length // self._student.groups.layout.context
 
     @property
     def teacher_batch_tokens(self) -> int:
@@ -34,29 +49,33 @@ class StepShape:
 
     @property
     def scored_tokens(self) -> int:
-        """T: positions of one micro-batch that have a loss and lie on this rank."""
-        groups, prompt_tokens = self.rank.student.groups, self.rank.config.data.max_prompt_tokens
-        position_R = torch.arange(self.response_tokens) + prompt_tokens - 1
-        length = padded_length(prompt_tokens + self.response_tokens, groups.layout)
-        own = context_rank(position_R, length, groups.layout.context) == groups.cell.context
-        return self.rank.config.training.micro_batch * int(own.sum())
+        """T: positions of the fullest micro-batch that have a loss and lie on this rank."""
+        groups, plan = self._student.groups, self.training_plan
+        position_R = torch.arange(self.response_tokens) + self.rank.config.data.max_prompt_tokens - 1
+        own = context_rank(position_R, plan.lengths[0], groups.layout.context) == groups.cell.context
+        return max(map(len, plan.micro_batches[groups.data_rank])) * int(own.sum())
 
     @property
     def num_micro_batches(self) -> int:
-        return -(-self.share_of(self.rank.student) // self.rank.config.training.micro_batch)
+        return len(self.training_plan.micro_batches[0])
 
     @property
     def num_in_flight(self) -> int:
-        """Micro-batches whose activations this stage holds at once in the 1F1B schedule: one per stage from here to the last."""
-        groups = self.rank.student.groups
-        return min(self.num_micro_batches, groups.layout.pipeline - groups.stage)
+        """Micro-batches, each on one chunk of layers, whose activations this stage holds at once.
+
+        One per stage from here to the last in the 1F1B schedule; in the interleaved one twice as many further ones, and a whole round for each other chunk:
+        `get_pp_rank_microbatches` of Megatron-Core.
+        """
+        groups, layout = self._student.groups, self._student.groups.layout
+        after = layout.pipeline - groups.stage - 1
+        warm_up = after if layout.virtual == 1 else 2 * after + (layout.virtual - 1) * layout.pipeline
+        return min(self.num_micro_batches * layout.virtual, warm_up + 1)
 
     @property
     def teacher_batch(self) -> int:
         """Sequences that the teacher scores at once."""
-        if self.rank.teacher is None or self.rank.teacher_settings is None:
-            return 0
-        return min(self.rank.teacher_settings.micro_batch, self.share_of(self.rank.teacher))
+        settings = self.rank.config.teacher
+        return min(settings.micro_batch, self.share_of(self.rank.teacher)) if settings is not None and self.rank.teacher is not None else 0
 
     @property
     def num_teacher_batches(self) -> int:
@@ -65,17 +84,26 @@ class StepShape:
     @property
     def chunk_tokens(self) -> list[int]:
         """Rows of each chunk of the fused head over one micro-batch, as on an accelerator."""
-        num_columns = self.rank.padded_vocab // self.rank.student.groups.layout.tensor
+        num_columns = self.rank.padded_vocab // self.rank.config.student.layout.tensor
         chunks = token_chunks(self.scored_tokens, num_columns, torch.device("cuda"), self.rank.config.loss.chunk_tokens)
         return [rows.stop - rows.start for rows in chunks]
 
     def share_of(self, model: PlannedModel) -> int:
-        """Return how many of the step's sequences this rank's replica of one model takes."""
-        return len(replica_share(self.rank.config.num_sequences, model.groups.data_rank, model.groups.data_size))
+        """Return how many of the step's sequences this rank's replica of one model passes through it."""
+        return self._passed(model, model.groups.data_rank, model.groups.data_size)
+
+    def written_by(self, model: PlannedModel) -> int:
+        """Return the same of a model that writes."""
+        return self._passed(model, model.groups.writer, model.groups.num_writers)
 
     def decoded_sequences(self, model: PlannedModel, num_sequences: int) -> int:
         """Return how many of `num_sequences` one of a model's writers decodes together."""
         return min(self.rank.config.rollout.batch_sequences, -(-num_sequences // model.groups.num_writers))
+
+    def _passed(self, model: PlannedModel, replica: int, num_replicas: int) -> int:
+        # Where experts are spread over ranks, all replicas make as many passes as the busiest: `models.forward`.
+        busiest, num_sequences = model.groups.layout.expert > 1, self.rank.config.num_sequences
+        return -(-num_sequences // num_replicas) if busiest else len(replica_share(num_sequences, replica, num_replicas))
 
     def _tokens_of(self, model: PlannedModel) -> int:
         layout = model.groups.layout

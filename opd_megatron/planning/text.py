@@ -38,7 +38,7 @@ def as_json(plan: Plan, gpu_memory_bytes: int) -> dict[str, Any]:
         "largest_rank": plan.largest.rank,
         "num_micro_batches": plan.num_micro_batches,
         "payload": {"messages": plan.payload_messages, "bytes": plan.payload_bytes},
-        "models": [{"role": model.role, "source": str(model.known.source), "layout": model.layout, "data_size": model.data_size} for model in plan.models],
+        "models": [{"role": model.role, "source": str(model.known.source), "layout": model.layout, "data_size": model.grid.data_size} for model in plan.models],
         "ranks": [
             {**asdict(rank), "peak_phase": rank.peak_phase, "total_bytes": rank.total_bytes, "messages": [asdict(message) for message in messages]}
             for rank, messages in zip(plan.ranks, plan.messages, strict=True)
@@ -47,9 +47,17 @@ def as_json(plan: Plan, gpu_memory_bytes: int) -> dict[str, Any]:
 
 
 def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
-    layout = (plan.config.student if model.role == "student" else plan.config.teacher).layout  # type: ignore[union-attr]
-    sizes = f"TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {model.data_size}"
-    yield f"{model.role + ':':<9}{plan.config.world_size} ranks = {sizes}; architecture from {model.known.source}"
+    grid, layout = model.grid, model.grid.layout
+    virtual = f" of {layout.virtual} chunks each" if layout.virtual > 1 else ""
+    sizes = f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP {grid.data_size}"
+    own = f", the last {grid.num_ranks} of {plan.config.world_size}" if grid.first_rank else ""
+    yield f"{model.role + ':':<9}{grid.num_ranks} ranks = {sizes}{own}; architecture from {model.known.source}"
+    if grid.first_rank and plan.config.teacher is not None and plan.config.teacher.staleness:
+        yield "         one batch ahead: two batches of rollouts in flight, scores of one wait while the student writes the next and trains"
+    if (experts := model.known.architecture.experts) is not None:
+        copies = grid.expert_shape["expt_dp"]
+        held = f"{experts.num_experts} experts = EP {layout.expert} x {experts.num_experts // layout.expert}, {copies} ranks of a stage hold the same"
+        yield f"         {held}; a token visits {experts.experts_per_token}, taken to be all equally often"
     if gpus_per_node % layout.tensor:
         yield f"         its tensor groups of {layout.tensor} do not divide nodes of {gpus_per_node} GPUs: their sums would cross nodes"
 
@@ -57,14 +65,16 @@ def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
 def _batch(plan: Plan) -> str:
     config = plan.config
     samples = config.rollout.samples_per_prompt if config.training.objective == "opd" else 1
+    limit = config.training.micro_batch_tokens
+    size = f"at most {limit:,} tokens, packed" if limit is not None else f"{config.training.micro_batch}"
     return (
         f"batch:   {config.data.batch_prompts} prompts x {samples} = {config.num_sequences} sequences"
-        f" = DP {plan.models[0].data_size} x {plan.num_micro_batches} micro-batches x {config.training.micro_batch}"
+        f" over DP {plan.models[0].grid.data_size} x {plan.num_micro_batches} micro-batches of {size}"
     )
 
 
 def _picture(model: ModelPlan) -> list[str]:
-    title, *replicas = model.picture.splitlines()
+    title, *replicas = model.grid.picture(model.role).splitlines()
     if len(replicas) > _REPLICAS_SHOWN:
         half = _REPLICAS_SHOWN // 2
         replicas = [*replicas[:half], f"  ... {len(replicas) - 2 * half} more ...", *replicas[-half:]]
@@ -89,16 +99,18 @@ def _memory(plan: Plan, gpu_memory_bytes: int) -> Iterator[str]:
 
 
 def _counting(plan: Plan) -> Iterator[str]:
-    yield f"how rank {plan.largest.rank} is counted"
-    for term in plan.largest.terms:
-        yield f"  {term.name + ':':<34}{term.why}"
+    for rank in plan.largest_of_each_kind:
+        yield f"how rank {rank.rank} is counted"
+        for term in rank.terms:
+            yield f"  {term.name + ':':<34}{term.why}"
 
 
 def _messages(plan: Plan) -> Iterator[str]:
-    yield f"messages of one step on rank {plan.largest.rank}: count x MiB of one"
-    for message in plan.messages[plan.ranks.index(plan.largest)]:
-        head = f"{message.phase:<10}{message.group:<17}{message.operation:<26}"
-        yield f"  {head}{message.count:>9,} x {message.num_bytes / (1 << 20):>9.3f}  {message.why}"
+    for rank in plan.largest_of_each_kind:
+        yield f"messages of one step on rank {rank.rank}: count x MiB of one"
+        for message in plan.messages[plan.ranks.index(rank)]:
+            head = f"{message.phase:<10}{message.group:<21}{message.operation:<26}"
+            yield f"  {head}{message.count:>9,} x {message.num_bytes / (1 << 20):>9.3f}  {message.why}"
     yield f"  payload, all ranks: {plan.payload_messages:,} messages, {plan.payload_bytes / GIB:.2f} GiB"
 
 
@@ -107,7 +119,7 @@ def _row(label: str, cells: list[str]) -> str:
 
 
 def _stages(rank: RankMemory) -> str:
-    return f"{rank.student_stage} / {'-' if rank.teacher_stage is None else rank.teacher_stage}"
+    return " / ".join("-" if stage is None else str(stage) for stage in (rank.student_stage, rank.teacher_stage))
 
 
 def _gib(num_bytes: int) -> str:
