@@ -166,7 +166,7 @@ def held_apart(config: RunConfig) -> dict[str, int]:
         return {
             "teacher weights": sum(storages(scorer.model.parameters()).values()),
             "scores made": sum(part.nbytes for part in rows.values()),
-            "payload bytes": router.num_bytes(route),
+            "payload bytes": route.plan.sent_rows() * router.row_bytes,
         }
 
 

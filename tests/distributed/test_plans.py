@@ -166,8 +166,8 @@ def test_a_teacher_on_ranks_of_its_own_shares_no_rank_with_the_student(planner: 
     assert names[3] == names[2] | {"payload", "sampling"}
     phases = [{message["phase"] for message in rank["messages"]} for rank in record["ranks"]]
     assert phases == [{"rollout", "train", "optimizer"}] * 2 + [{"teacher"}] * 2
-    # Nothing that is needed is where it was made: 256 sequences go to both tensor ranks of the student.
-    assert record["payload"]["bytes"] == 256 * 3072 * 2 * 4096 * 2
+    # Nothing that is needed is where it was made: one copy of 256 sequences goes to the tensor ranks of the student.
+    assert record["payload"]["bytes"] == 256 * 3072 * 4096 * 2
 
 
 def test_one_batch_ahead_the_student_holds_scores_while_it_writes(planner: Callable[..., Any]) -> None:
