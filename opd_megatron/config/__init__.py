@@ -1,11 +1,11 @@
 """What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
 
+from opd_megatron.config.loss import LossConfig
 from opd_megatron.config.overrides import all_keys, apply_overrides
 from opd_megatron.config.run import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
-    LossConfig,
     ParallelLayout,
     RolloutConfig,
     RunConfig,
