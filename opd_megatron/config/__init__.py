@@ -1,6 +1,6 @@
 """What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
 
-from opd_megatron.config.loss import LossConfig
+from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 from opd_megatron.config.overrides import all_keys, apply_overrides
 from opd_megatron.config.run import (
     CheckpointConfig,
@@ -18,8 +18,10 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "ImportanceConfig",
     "LossConfig",
     "ParallelLayout",
+    "PositionWeightsConfig",
     "RolloutConfig",
     "RunConfig",
     "StudentConfig",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from opd_megatron.config.checks import require
-from opd_megatron.config.loss import LossConfig
+from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +258,8 @@ class RunConfig:
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    position_weights: PositionWeightsConfig = field(default_factory=PositionWeightsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -281,6 +283,24 @@ class RunConfig:
                 f"training.micro_batch_tokens={limit} does not hold one sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; "
                 "raise it, or shorten one of them",
             )
+
+        else:
+            for key, chosen, plain in (
+                ("importance.rule", self.importance.rule, "all"),
+                ("position_weights.enabled", self.position_weights.enabled, False),
+                ("loss.reduction", self.loss.reduction, "auto"),
+                ("loss.denominator", self.loss.denominator, "kept"),
+            ):
+                require(
+                    chosen == plain, f"{key}={str(chosen).lower()} needs training.objective=opd, not {self.training.objective}; set it to {str(plain).lower()}"
+                )
+
+    @property
+    def reduction(self) -> Literal["token", "sequence"]:
+        """How the losses of the tokens become one, after `loss.reduction=auto` was decided."""
+        if self.loss.reduction != "auto":
+            return self.loss.reduction
+        return "sequence" if self.position_weights.enabled else "token"
 
     @property
     def num_sequences(self) -> int:
