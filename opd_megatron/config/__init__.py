@@ -1,12 +1,12 @@
 """What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
 
+from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 from opd_megatron.config.nearest import name_changes, nearest_layouts
 from opd_megatron.config.overrides import all_keys, apply_overrides
 from opd_megatron.config.run import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
-    LossConfig,
     ParallelLayout,
     RolloutConfig,
     RunConfig,
@@ -19,8 +19,10 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "ImportanceConfig",
     "LossConfig",
     "ParallelLayout",
+    "PositionWeightsConfig",
     "RolloutConfig",
     "RunConfig",
     "StudentConfig",

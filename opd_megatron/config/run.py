@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from opd_megatron.config.checks import require
+from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +28,9 @@ class ParallelLayout:
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor"):
             size = getattr(self, name)
-            _require(size >= 1, f"layout.{name}={size} must be at least 1")
-        _require(self.virtual == 1 or self.pipeline > 1, f"layout.virtual={self.virtual} cuts pipeline stages into chunks; it needs layout.pipeline > 1")
-        _require(not self.sequence or self.tensor > 1, f"layout.sequence=true needs layout.tensor > 1, got tensor={self.tensor}")
+            require(size >= 1, f"layout.{name}={size} must be at least 1")
+        require(self.virtual == 1 or self.pipeline > 1, f"layout.virtual={self.virtual} cuts pipeline stages into chunks; it needs layout.pipeline > 1")
+        require(not self.sequence or self.tensor > 1, f"layout.sequence=true needs layout.tensor > 1, got tensor={self.tensor}")
 
     @property
     def model_size(self) -> int:
@@ -88,8 +86,8 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         named = f"student.hf={self.hf!r}, student.checkpoint={self.checkpoint!r}"
-        _require(bool(self.hf) != bool(self.checkpoint), f"name the student once: {named}; set the other to null")
-        _require(self.vocab_multiple >= 1, f"student.vocab_multiple={self.vocab_multiple} must be at least 1")
+        require(bool(self.hf) != bool(self.checkpoint), f"name the student once: {named}; set the other to null")
+        require(self.vocab_multiple >= 1, f"student.vocab_multiple={self.vocab_multiple} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +109,16 @@ class TeacherConfig:
     micro_batch: int = 8
 
     def __post_init__(self) -> None:
-        _require(self.micro_batch >= 1, f"teacher.micro_batch={self.micro_batch} must be at least 1")
+        require(self.micro_batch >= 1, f"teacher.micro_batch={self.micro_batch} must be at least 1")
         named = f"teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}"
-        _require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: {named}; set the other to null")
+        require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: {named}; set the other to null")
         dedicated = self.placement == "dedicated"
-        _require(dedicated == (self.num_ranks is not None), f"teacher.num_ranks={self.num_ranks} goes with teacher.placement=dedicated, not {self.placement}")
-        _require(self.num_ranks is None or self.num_ranks >= 1, f"teacher.num_ranks={self.num_ranks} must be at least 1")
-        _require(self.staleness in (0, 1), f"teacher.staleness={self.staleness} must be 0 or 1")
-        _require(dedicated or self.staleness == 0, f"teacher.staleness={self.staleness} needs teacher.placement=dedicated: else nothing runs side by side")
-        _require(self.layout.virtual == 1, f"teacher.layout.virtual={self.layout.virtual} is of no use: it shortens the bubbles of a backward; set it to 1")
-        _require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
+        require(dedicated == (self.num_ranks is not None), f"teacher.num_ranks={self.num_ranks} goes with teacher.placement=dedicated, not {self.placement}")
+        require(self.num_ranks is None or self.num_ranks >= 1, f"teacher.num_ranks={self.num_ranks} must be at least 1")
+        require(self.staleness in (0, 1), f"teacher.staleness={self.staleness} must be 0 or 1")
+        require(dedicated or self.staleness == 0, f"teacher.staleness={self.staleness} needs teacher.placement=dedicated: else nothing runs side by side")
+        require(self.layout.virtual == 1, f"teacher.layout.virtual={self.layout.virtual} is of no use: it shortens the bubbles of a backward; set it to 1")
+        require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +139,11 @@ class DataConfig:
     grader: Literal["auto", "reasoning_gym", "math_verify", "exact"] = "auto"
 
     def __post_init__(self) -> None:
-        _require(bool(self.prompts), "data.prompts is empty; name a .jsonl or .parquet file, reasoning_gym:TASK, or a Hugging Face dataset")
-        _require(self.batch_prompts >= 1, f"data.batch_prompts={self.batch_prompts} must be at least 1")
-        _require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
-        _require(self.task_size >= 1, f"data.task_size={self.task_size} must be at least 1")
-        _require(0 <= self.holdout_fraction < 1, f"data.holdout_fraction={self.holdout_fraction} must be in [0, 1)")
+        require(bool(self.prompts), "data.prompts is empty; name a .jsonl or .parquet file, reasoning_gym:TASK, or a Hugging Face dataset")
+        require(self.batch_prompts >= 1, f"data.batch_prompts={self.batch_prompts} must be at least 1")
+        require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
+        require(self.task_size >= 1, f"data.task_size={self.task_size} must be at least 1")
+        require(0 <= self.holdout_fraction < 1, f"data.holdout_fraction={self.holdout_fraction} must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,58 +161,12 @@ class RolloutConfig:
     replay: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_response_tokens >= 1, f"rollout.max_response_tokens={self.max_response_tokens} must be at least 1")
-        _require(0 <= self.temperature < math.inf, f"rollout.temperature={self.temperature} must not be negative or infinite; 0 is greedy")
-        _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
-        _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must not be negative; 0 keeps the whole vocabulary")
-        _require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt} must be at least 1")
-        _require(self.batch_sequences >= 1, f"rollout.batch_sequences={self.batch_sequences} must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What is minimized at every response position. `beta` is the teacher's weight in the JSD mixture (GKD)."""
-
-    # k1 and k3 look at the sampled token alone. The expected gradient of k1 is zero, that of k3 is the one of forward_kl.
-    kind: Literal[
-        "reverse_kl",
-        "forward_kl",
-        "jsd",
-        "skew_forward",
-        "skew_reverse",
-        "topk_tail_forward",
-        "topk_tail_reverse",
-        "topk_renorm_forward",
-        "topk_renorm_reverse",
-        "k1",
-        "k3",
-    ] = "reverse_kl"
-    beta: float = 0.5
-    # Share in the mixture of the distribution that comes first in a skewed KL; null is 0.1.
-    alpha: float | None = None
-    # Ids of the highest logits of the teacher, or of the student, that the top-k kinds look at; null is 64.
-    top_k: int | None = None
-    support: Literal["teacher", "student"] = "teacher"
-    temperature: float = 1.0
-    pointwise_clip: float | None = None
-    # Rows of the fused LM head computed at once; None lets the head choose.
-    chunk_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.beta <= 1, f"loss.beta={self.beta} must be in [0, 1]")
-        top_k_kind, sampled_kind = self.kind.startswith("topk"), self.kind in ("k1", "k3")
-        _require(self.alpha is None or self.kind.startswith("skew"), f"loss.alpha={self.alpha} belongs to skewed kinds, not to loss.kind={self.kind}")
-        _require(self.alpha is None or 0 <= self.alpha < 1, f"loss.alpha={self.alpha} must be in [0, 1); at 1 there is nothing to learn")
-        _require(self.top_k is None or top_k_kind, f"loss.top_k={self.top_k} belongs to top-k kinds, not to loss.kind={self.kind}")
-        _require(self.top_k is None or self.top_k >= 1, f"loss.top_k={self.top_k} must be at least 1, or null for 64")
-        _require(self.support == "teacher" or top_k_kind, f"loss.support={self.support} belongs to top-k kinds, not to loss.kind={self.kind}")
-        _require(
-            self.pointwise_clip is None or not sampled_kind,
-            f"loss.pointwise_clip={self.pointwise_clip} does not belong to loss.kind={self.kind}, which looks at one sampled token; set it to null",
-        )
-        _require(0 < self.temperature < math.inf, f"loss.temperature={self.temperature} must be positive and not infinite")
-        _require(self.pointwise_clip is None or self.pointwise_clip > 0, f"loss.pointwise_clip={self.pointwise_clip} must be positive, or null for none")
-        _require(self.chunk_tokens is None or self.chunk_tokens >= 1, f"loss.chunk_tokens={self.chunk_tokens} must be at least 1, or null")
+        require(self.max_response_tokens >= 1, f"rollout.max_response_tokens={self.max_response_tokens} must be at least 1")
+        require(0 <= self.temperature < math.inf, f"rollout.temperature={self.temperature} must not be negative or infinite; 0 is greedy")
+        require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
+        require(self.top_k >= 0, f"rollout.top_k={self.top_k} must not be negative; 0 keeps the whole vocabulary")
+        require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt} must be at least 1")
+        require(self.batch_sequences >= 1, f"rollout.batch_sequences={self.batch_sequences} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,25 +196,25 @@ class TrainingConfig:
     max_skipped_steps: int = 5
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"training.steps={self.steps} must be at least 1")
-        _require(self.micro_batch >= 1, f"training.micro_batch={self.micro_batch} must be at least 1")
+        require(self.steps >= 1, f"training.steps={self.steps} must be at least 1")
+        require(self.micro_batch >= 1, f"training.micro_batch={self.micro_batch} must be at least 1")
         limit = self.micro_batch_tokens
-        _require(limit is None or limit >= 1, f"training.micro_batch_tokens={limit} must be at least 1, or null for no packing")
-        _require(
+        require(limit is None or limit >= 1, f"training.micro_batch_tokens={limit} must be at least 1, or null for no packing")
+        require(
             limit is None or self.micro_batch == 1,
             f"training.micro_batch={self.micro_batch} is without effect under training.micro_batch_tokens; leave it at 1",
         )
-        _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, f"training.learning_rate={self.learning_rate} must be positive")
-        _require(
+        require(math.isfinite(self.learning_rate) and self.learning_rate > 0, f"training.learning_rate={self.learning_rate} must be positive")
+        require(
             0 <= self.min_learning_rate <= self.learning_rate,
             f"training.min_learning_rate={self.min_learning_rate} must lie between 0 and learning_rate={self.learning_rate}",
         )
-        _require(0 <= self.weight_decay < math.inf, f"training.weight_decay={self.weight_decay} must be a finite number, not negative")
+        require(0 <= self.weight_decay < math.inf, f"training.weight_decay={self.weight_decay} must be a finite number, not negative")
         for name, beta in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
-            _require(0 <= beta < 1, f"training.{name}={beta} must be in [0, 1)")
-        _require(self.warmup_steps >= 0, f"training.warmup_steps={self.warmup_steps} must not be negative")
-        _require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
-        _require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
+            require(0 <= beta < 1, f"training.{name}={beta} must be in [0, 1)")
+        require(self.warmup_steps >= 0, f"training.warmup_steps={self.warmup_steps} must not be negative")
+        require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
+        require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +226,8 @@ class CheckpointConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps} must not be negative")
-        _require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+        require(self.every_steps >= 0, f"checkpoint.every_steps={self.every_steps} must not be negative")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,14 +246,14 @@ class EvaluationConfig:
     teacher: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps} must not be negative")
-        _require(not isinstance(self.prompts, int) or self.prompts >= 0, f"evaluation.prompts={self.prompts} must not be negative; 0 turns evaluation off")
-        _require(self.samples_per_prompt >= 1, f"evaluation.samples_per_prompt={self.samples_per_prompt} must be at least 1")
-        _require(0 <= self.temperature < math.inf, f"evaluation.temperature={self.temperature} must not be negative or infinite; 0 is greedy")
-        _require(self.prompts != "", "evaluation.prompts is empty; give a number, a source, or 0 for no evaluation")
+        require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps} must not be negative")
+        require(not isinstance(self.prompts, int) or self.prompts >= 0, f"evaluation.prompts={self.prompts} must not be negative; 0 turns evaluation off")
+        require(self.samples_per_prompt >= 1, f"evaluation.samples_per_prompt={self.samples_per_prompt} must be at least 1")
+        require(0 <= self.temperature < math.inf, f"evaluation.temperature={self.temperature} must not be negative or infinite; 0 is greedy")
+        require(self.prompts != "", "evaluation.prompts is empty; give a number, a source, or 0 for no evaluation")
         limit = self.max_response_tokens
-        _require(limit is None or limit >= 1, f"evaluation.max_response_tokens={limit} must be at least 1, or null for the rollout's")
-        _require(
+        require(limit is None or limit >= 1, f"evaluation.max_response_tokens={limit} must be at least 1, or null for the rollout's")
+        require(
             self.samples_per_prompt == 1 or self.temperature > 0,
             f"evaluation.samples_per_prompt={self.samples_per_prompt} greedy samples would all be equal; set evaluation.temperature",
         )
@@ -318,29 +270,49 @@ class RunConfig:
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    position_weights: PositionWeightsConfig = field(default_factory=PositionWeightsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
-        _require(abs(self.seed) < 2**63, f"seed={self.seed} must fit into 64 bits")
+        require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
+        require(abs(self.seed) < 2**63, f"seed={self.seed} must fit into 64 bits")
         if self.training.objective == "opd":
-            _require(
+            require(
                 self.teacher is not None,
                 "training.objective=opd needs a teacher; set teacher.hf or teacher.checkpoint, or use training.objective=sft",
             )
-            _require(
+            require(
                 self.rollout.temperature > 0 or bool(self.rollout.replay),
                 "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature",
             )
             limit, multiple = self.training.micro_batch_tokens, self.student.layout.sequence_multiple
             longest = -(-(self.data.max_prompt_tokens + self.rollout.max_response_tokens) // multiple) * multiple
-            _require(
+            require(
                 limit is None or longest <= limit,
                 f"training.micro_batch_tokens={limit} does not hold one sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; "
                 "raise it, or shorten one of them",
             )
+
+        else:
+            for key, chosen, plain in (
+                ("importance.rule", self.importance.rule, "all"),
+                ("position_weights.enabled", self.position_weights.enabled, False),
+                ("loss.reduction", self.loss.reduction, "auto"),
+                ("loss.denominator", self.loss.denominator, "kept"),
+            ):
+                require(
+                    chosen == plain, f"{key}={str(chosen).lower()} needs training.objective=opd, not {self.training.objective}; set it to {str(plain).lower()}"
+                )
+
+    @property
+    def reduction(self) -> Literal["token", "sequence"]:
+        """How the losses of the tokens become one, after `loss.reduction=auto` was decided."""
+        if self.loss.reduction != "auto":
+            return self.loss.reduction
+        return "sequence" if self.position_weights.enabled else "token"
 
     @property
     def num_sequences(self) -> int:
@@ -355,7 +327,7 @@ class RunConfig:
     def check_world(self, world_size: int) -> None:
         """Raise ValueError unless both layouts fit `world_size` ranks."""
         own = self.num_teacher_ranks
-        _require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
+        require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
         for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
             if model is not None:
                 model.layout.check_ranks(role, num_ranks)

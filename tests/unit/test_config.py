@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from opd_megatron.config import (
     DataConfig,
+    ImportanceConfig,
     LossConfig,
     ParallelLayout,
+    PositionWeightsConfig,
     RolloutConfig,
     RunConfig,
     StudentConfig,
@@ -80,6 +82,10 @@ TYPED = [
     ("training.precision=fp32", "fp32"),
     ("loss.pointwise_clip=0.5", 0.5),
     ("loss.chunk_tokens=64", 64),
+    ("importance.rule=soft_or_topk", "soft_or_topk"),
+    ("importance.ratio=1", 1.0),
+    ("importance.entropy_clip_quantile=null", None),
+    ("position_weights.enabled=true", True),
     ("rollout.replay=runs/other", "runs/other"),
     ("data.prompts=folder with = sign.jsonl", "folder with = sign.jsonl"),
     ("evaluation.prompts=64", 64),
@@ -256,6 +262,32 @@ BAD_VALUES = [
     ("loss.temperature=0", "loss.temperature=0.0 must be positive"),
     ("loss.pointwise_clip=0", "loss.pointwise_clip=0.0 must be positive, or null for none"),
     ("loss.chunk_tokens=0", "loss.chunk_tokens=0 must be at least 1, or null"),
+    ("loss.reduction=mean", "loss.reduction='mean' must be one of auto, token, sequence"),
+    ("loss.denominator=sum", "loss.denominator='sum' must be one of kept, weights, all"),
+    ("importance.rule=tip", "importance.rule='tip' must be one of all, entropy_sample, entropy_topk, soft_or_topk, q3_topk, div_topk, bottom_topk"),
+    ("importance.ratio=0", "importance.ratio=0.0 must be in (0, 1]; importance.rule=all keeps every token"),
+    ("importance.ratio=1.01", "importance.ratio=1.01 must be in (0, 1]"),
+    ("importance.ratio=nan", "importance.ratio=nan must be in (0, 1]"),
+    ("importance.delta=jsd", "importance.delta='jsd' must be one of reverse_kl, forward_kl"),
+    ("importance.norm_scope=batch", "importance.norm_scope='batch' must be one of step, sequence"),
+    ("importance.entropy_clip_quantile=0", "importance.entropy_clip_quantile=0.0 must be in (0, 1], or null for none"),
+    ("importance.rule=soft_or_topk importance.delta_clip_quantile=98", "importance.delta_clip_quantile=98.0 must be in (0, 1], or null for none"),
+    ("importance.min_keep=-1", "importance.min_keep=-1 must not be negative"),
+    ("importance.temperature=0", "importance.temperature=0.0 must be positive and not infinite"),
+    ("importance.rule=q3_topk importance.delta=forward_kl", "importance.delta=forward_kl belongs to soft_or_topk, div_topk and bottom_topk"),
+    ("importance.rule=div_topk importance.delta_clip_quantile=0.9", "importance.delta_clip_quantile=0.9 belongs to soft_or_topk and bottom_topk"),
+    ("importance.rule=entropy_topk importance.importance_weights=true", "importance.importance_weights=true belongs to entropy_sample"),
+    (
+        "importance.rule=entropy_sample importance.importance_weights=true importance.min_keep=1",
+        "importance.min_keep=1 does not go with importance.importance_weights=true",
+    ),
+    ("position_weights.minimum=1.5", "position_weights.minimum=1.5 must be in [0, 1]"),
+    ("position_weights.center=nan", "position_weights.center=nan must be a finite share of the response"),
+    ("position_weights.slope=-0.1", "position_weights.slope=-0.1 must not be negative or infinite; 0 is a step at center"),
+    ("training.objective=sft importance.rule=soft_or_topk", "importance.rule=soft_or_topk needs training.objective=opd, not sft; set it to all"),
+    ("training.objective=sft position_weights.enabled=true", "position_weights.enabled=true needs training.objective=opd, not sft; set it to false"),
+    ("training.objective=sft loss.reduction=sequence", "loss.reduction=sequence needs training.objective=opd, not sft; set it to auto"),
+    ("training.objective=sft loss.denominator=all", "loss.denominator=all needs training.objective=opd, not sft; set it to kept"),
     ("training.steps=0", "training.steps=0 must be at least 1"),
     ("training.micro_batch=0", "training.micro_batch=0 must be at least 1"),
     ("training.learning_rate=0", "training.learning_rate=0.0 must be positive"),
@@ -308,6 +340,14 @@ def test_distillation_needs_a_teacher() -> None:
 
 def test_greedy_rollouts_may_be_replayed() -> None:
     assert apply_overrides(BASE, ["rollout.temperature=0", "rollout.replay=runs/other"]).rollout.temperature == 0
+
+
+def test_position_weights_bring_the_mean_of_each_response_unless_one_is_named() -> None:
+    assert BASE.reduction == "token"
+    weighted = apply_overrides(BASE, ["position_weights.enabled=true"])
+    assert weighted.reduction == "sequence"
+    assert apply_overrides(weighted, ["loss.reduction=token"]).reduction == "token"
+    assert apply_overrides(BASE, ["loss.reduction=sequence"]).reduction == "sequence"
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 3}, {"tensor": 2, "pipeline": 2}], ids=str)
@@ -365,7 +405,13 @@ def test_no_field_can_be_assigned(key: str) -> None:
         setattr(section, name, getattr(section, name))
 
 
-@pytest.mark.parametrize("section", [ParallelLayout, StudentConfig, TeacherConfig, DataConfig, RolloutConfig, LossConfig, TrainingConfig, RunConfig])
+@pytest.mark.parametrize(
+    "section",
+    [
+        *(ParallelLayout, StudentConfig, TeacherConfig, DataConfig, RolloutConfig, LossConfig, ImportanceConfig, PositionWeightsConfig),
+        *(TrainingConfig, RunConfig),
+    ],
+)
 def test_fields_are_given_by_name(section: type) -> None:
     with pytest.raises(TypeError, match="positional"):
         section("value")
