@@ -49,6 +49,8 @@ class TokenBatch:
     target_T: torch.Tensor
     # The writer's log-probabilities; NaN where the text was given, not sampled.
     sampled_logp_T: torch.Tensor
+    # Places of the targets among all response tokens of the samples, one sample after another.
+    token_T: torch.Tensor
 
     def context_window(self, *, size: int, rank: int) -> TokenBatch:
         """Return what one of `size` context ranks holds: its positions of every sequence, and the scored ones among them, counted anew."""
@@ -56,14 +58,18 @@ class TokenBatch:
             return self
         owner_N = torch.cat([context_rank(torch.arange(length), length, size) for length in self.sequences]).to(self.tokens_BS.device)
         own_N = owner_N == rank
-        own_T = own_N[self.scored_T]
         place_N = own_N.cumsum(0) - 1
+        own = self.scored_only(own_N[self.scored_T])
+        return replace(own, tokens_BS=self.tokens_BS.flatten()[own_N].view(self.tokens_BS.size(0), -1), scored_T=place_N[own.scored_T])
+
+    def scored_only(self, kept_T: torch.Tensor) -> TokenBatch:
+        """Return the same text with a loss at some of the scored positions only."""
         return replace(
             self,
-            tokens_BS=self.tokens_BS.flatten()[own_N].view(self.tokens_BS.size(0), -1),
-            scored_T=place_N[self.scored_T[own_T]],
-            target_T=self.target_T[own_T],
-            sampled_logp_T=self.sampled_logp_T[own_T],
+            scored_T=self.scored_T[kept_T],
+            target_T=self.target_T[kept_T],
+            sampled_logp_T=self.sampled_logp_T[kept_T],
+            token_T=self.token_T[kept_T],
         )
 
 
@@ -103,4 +109,5 @@ def _lay_out(samples: Sequence[Sample], starts: Sequence[int], sequences: tuple[
         scored_T=torch.cat(scored).to(device),
         target_T=torch.cat(targets).to(device),
         sampled_logp_T=torch.cat(logps).to(device),
+        token_T=torch.arange(sum(map(len, targets)), device=device),
     )

@@ -31,8 +31,13 @@ class Rollouts:
         return [sample.num_tokens for sample in self.samples]
 
     @property
+    def num_scored(self) -> list[int]:
+        """Response tokens of every sample."""
+        return [sample.num_scored for sample in self.samples]
+
+    @property
     def num_response_tokens(self) -> int:
-        return sum(sample.num_scored for sample in self.samples)
+        return sum(self.num_scored)
 
 
 def sample_rollouts(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class MicroBatches:
     groups: ModelGroups
     teacher: TeacherRows | None
     device: torch.device
+    # Of every response token of the step, samples in order; what weighs 0 is left out. None: all weigh 1.
+    weight_N: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.plan.micro_batches[self.groups.data_rank])
@@ -40,4 +43,13 @@ class MicroBatches:
             else:
                 batch = pad_samples(samples, length=plan.row_length, num_rows=plan.num_rows, device=self.device)
             batch = batch.context_window(size=self.groups.layout.context, rank=context)
-            yield MicroBatch(batch=batch, teacher_hidden_TG=self.teacher.of(chosen) if self.teacher is not None else None)
+            # From places in the micro-batch to places in the step.
+            token_T = self._tokens_of(chosen)[batch.token_T]
+            micro_batch = MicroBatch(batch=batch, token_T=token_T, teacher_hidden_TG=self.teacher.of(chosen) if self.teacher is not None else None)
+            yield micro_batch if self.weight_N is None else micro_batch.weighted(self.weight_N[token_T])
+
+    def _tokens_of(self, samples: Sequence[int]) -> torch.Tensor:
+        """Return the places in the step of the response tokens of these samples."""
+        first = list(itertools.accumulate(self.rollouts.num_scored, initial=0))
+        spans = [torch.arange(first[index], first[index + 1]) for index in samples]
+        return torch.cat([torch.empty(0, dtype=torch.long), *spans]).to(self.device)

@@ -117,7 +117,6 @@ class CheckpointFolder:
                 raise ValueError(f"{checkpoint} is damaged: {error}; {self._way_out(checkpoint)}") from None
 
     def _fill(self, student: Student, checkpoint: Path) -> None:
-        prime_adam(student.optimizer)
         wanted = _sharded_state(student, is_loading=True)
         with shared_errors():
             try:
@@ -174,6 +173,8 @@ class CheckpointFolder:
 
 
 def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+    # Adam has no state before its first update, which a run of skipped steps never makes; a load lays the checkpoint over what is there.
+    prime_adam(student.optimizer)
     metadata = {**_SHARDING, "dp_cp_group": student.groups.collection.dp_cp}
     model = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
     return {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}

@@ -82,7 +82,7 @@ def optimizer_state(optimizer: ChainedOptimizer) -> list[torch.Tensor]:
 
 
 def prime_adam(optimizer: ChainedOptimizer) -> None:
-    """Give PyTorch's Adam its state before a checkpoint is laid over it: DistributedOptimizer.state_dict reads every 'step'."""
+    """Give PyTorch's Adam the state of no update where it has none: DistributedOptimizer.state_dict reads every 'step'."""
     for state, parameter in _adam_states(optimizer):
         if not state:
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))

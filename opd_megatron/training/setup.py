@@ -25,6 +25,7 @@ from opd_megatron.rollout.engine import Sampler
 from opd_megatron.teacher.routing import Router
 from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Teacher
+from opd_megatron.training.importance import Importance
 from opd_megatron.training.objective import Distillation, Objective, SupervisedFineTuning
 from opd_megatron.training.self_test import check_self_divergence
 from opd_megatron.training.student import Student
@@ -54,6 +55,7 @@ class Parts:
     sampler: Sampler
     write: Writer
     objective: Objective
+    importance: Importance
 
 
 def open_sources(config: RunConfig) -> Sources:
@@ -104,6 +106,7 @@ def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Brid
         sampler=sampler,
         write=make_writer(config, run_dir, sampler, groups, sources.tokenizer),
         objective=_make_objective(config, student, teacher, sources.vocab_size),
+        importance=Importance(config=config, vocab_size=sources.vocab_size),
     )
 
 

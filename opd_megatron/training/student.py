@@ -6,9 +6,10 @@ Shapes: B sequences, S padded length, T scored positions, H hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megatron.core.transformer.module import Float16Module
 
 from opd_megatron.config import RunConfig
 from opd_megatron.data.batch_plan import TrainingBatches
-from opd_megatron.losses.fused_head import FusedDivergence
+from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics
 from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only
 from opd_megatron.models.layers import packed_sequences
 from opd_megatron.models.weights import WeightSource, load_model
@@ -30,28 +31,27 @@ from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.teacher import TeacherRows
 from opd_megatron.training.batching import MicroBatches
-from opd_megatron.training.objective import MicroBatch, Objective
+from opd_megatron.training.objective import Distillation, MicroBatch, Objective
 from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm, optimizer_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """Sums over every scored position of the step, equal on all ranks; the means divide once, here."""
+    """Sums over every position of the step that is trained on, equal on all ranks; the means divide once, here."""
 
     loss: float
-    weight: float
     divergence: float
     entropy: float
     drift: float
     drift_max: float
     tokens: float
 
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.weight if self.weight else 0.0
-
     def per_token(self, total: float) -> float:
         return total / self.tokens if self.tokens else 0.0
+
+
+# (hidden states after the last stage, their micro-batch) -> (loss sum, count, what is reported), as Megatron's schedule takes them.
+LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class Student:
@@ -117,21 +117,40 @@ class Student:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run_schedule(micro_batches, objective, forward_only=False)
+        sums = self._world_sums(self._run_schedule(micro_batches, partial(self._loss, objective), forward_only=False))
         norm = gradient_norm(self.optimizer)
         self.scheduler.step(increment=1)
-        # A step without a single scored token has no gradient; Adam's momentum alone must not move the weights.
-        healthy = math.isfinite(norm) and math.isfinite(sums.loss) and sums.weight > 0
+        # A step without a single kept token has no gradient; Adam's momentum alone must not move the weights.
+        healthy = math.isfinite(norm) and math.isfinite(sums.loss) and sums.tokens > 0
         if healthy:
             clip_and_update(self.optimizer, norm)
         return sums, norm, healthy
 
     def measure(self, micro_batches: MicroBatches, objective: Objective) -> LossSums:
         """Return the sums without gradients or update."""
+        return self._world_sums(self._forward_only(micro_batches, partial(self._loss, objective)))
+
+    def statistics(self, micro_batches: MicroBatches, objective: Distillation, temperature: float) -> TokenStatistics:
+        """Return entropy and divergences of every response token of the step, samples in order, the same on every rank."""
+        statistics_3N = torch.zeros(3, micro_batches.rollouts.num_response_tokens, device=self.device)
+
+        def note(hidden_BSH: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """Keep what one micro-batch's rows show; its loss is 0."""
+            found = objective.statistics(self._scored_hidden(hidden_BSH, micro_batch), head_weight(self.model), micro_batch, temperature)
+            # Tensor ranks hold equal numbers, so one of them speaks; every token lies on one rank of the others.
+            if self.groups.tensor_rank == 0:
+                statistics_3N[:, micro_batch.token_T] = torch.stack([found.student_entropy_T, found.reverse_kl_T, found.forward_kl_T]).float()
+            return hidden_BSH.new_zeros(()), torch.zeros((), dtype=torch.int, device=self.device), statistics_3N.new_zeros(())
+
+        self._forward_only(micro_batches, note)
+        dist.all_reduce(statistics_3N)
+        return TokenStatistics(*statistics_3N)
+
+    def _forward_only(self, micro_batches: MicroBatches, loss: LossFunction) -> list[torch.Tensor]:
         self.model.eval()
         try:
             with torch.no_grad():
-                return self._run_schedule(micro_batches, objective, forward_only=True)
+                return self._run_schedule(micro_batches, loss, forward_only=True)
         finally:
             self.model.train()
 
@@ -139,8 +158,8 @@ class Student:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _run_schedule(self, micro_batches: MicroBatches, objective: Objective, *, forward_only: bool) -> LossSums:
-        """Run Megatron's pipeline schedule over this replica's micro-batches and add up the sums of the whole world."""
+    def _run_schedule(self, micro_batches: MicroBatches, loss: LossFunction, *, forward_only: bool) -> list[torch.Tensor]:
+        """Run Megatron's pipeline schedule over this replica's micro-batches; return what `loss` reports of each, on the last stage."""
 
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             """Return this stage's output, after the last one hidden states [B, S, H], and the function that makes the micro-batch's loss of them."""
@@ -152,7 +171,7 @@ class Student:
             keep_dtype = {"fp32_output": False} if self._is_half else {}
             with hidden_states_only(self.model):
                 output = model(tokens_BS, positions_BS, None, packed_seq_params=packed_sequences(batch.sequences) if batch.packed else None, **keep_dtype)
-            return output, lambda hidden_BSH: self._loss(hidden_BSH, micro_batch, objective)
+            return output, lambda hidden_BSH: loss(hidden_BSH, micro_batch)
 
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -164,14 +183,15 @@ class Student:
             forward_only=forward_only,
         )
         forget_routes(self.model)
-        return self._world_sums(results)
+        return list(results)
 
-    def _loss(self, hidden_BSH: torch.Tensor, micro_batch: MicroBatch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _loss(self, objective: Objective, hidden_BSH: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (loss sum, count, detached sums) as Megatron's schedule takes them under calculate_per_token_loss."""
         hidden_TH = self._scored_hidden(hidden_BSH, micro_batch)
         result = objective(hidden_TH, head_weight(self.model), micro_batch)
-        # The schedule's divisor is a count: weights are one for every scored token.
-        return result.loss_sum, result.weight_sum.round().int(), _detached_sums(result, micro_batch)
+        # The schedule divides by a count; weights other than one are scaled for it (training.importance).
+        count = torch.tensor(hidden_TH.size(0), dtype=torch.int, device=self.device)
+        return result.loss_sum, count, _detached_sums(result, micro_batch)
 
     def _scored_hidden(self, hidden_BSH: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """Return hidden states [T, H] at scored positions, ready for a head split over the tensor group.
@@ -193,15 +213,15 @@ class Student:
             sums, largest = stacked[:, :-1].sum(0), stacked[:, -1].max().reshape(1)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        loss, weight, divergence, entropy, drift, tokens = sums.tolist()
-        return LossSums(loss=loss, weight=weight, divergence=divergence, entropy=entropy, drift=drift, drift_max=float(largest), tokens=tokens)
+        loss, divergence, entropy, drift, tokens = sums.tolist()
+        return LossSums(loss=loss, divergence=divergence, entropy=entropy, drift=drift, drift_max=float(largest), tokens=tokens)
 
 
-_NUM_SUMS = 6
+_NUM_SUMS = 5
 
 
 def _detached_sums(result: FusedDivergence, micro_batch: MicroBatch) -> torch.Tensor:
-    """Return [loss, weight, divergence, entropy, drift, tokens, largest drift] of one micro-batch.
+    """Return [loss, divergence, entropy, drift, tokens, largest drift] of one micro-batch.
 
     Drift is |log-probability when sampled - when recomputed|: the same weights wrote and score, so it shows numerical disagreement only.
     """
@@ -210,5 +230,5 @@ def _detached_sums(result: FusedDivergence, micro_batch: MicroBatch) -> torch.Te
         drift_T = (result.sampled_logp_T - micro_batch.batch.sampled_logp_T).double().abs()
         drift = torch.cat([drift, drift_T[~drift_T.isnan()]])
     tokens = float(result.divergence_T.numel())
-    parts = [result.loss_sum.detach(), result.weight_sum, result.divergence_T.double().sum(), result.student_entropy_T.double().sum(), drift.sum()]
+    parts = [result.loss_sum.detach(), result.divergence_T.double().sum(), result.student_entropy_T.double().sum(), drift.sum()]
     return torch.stack([*(part.double().reshape(()) for part in parts), drift.new_tensor(tokens), drift.max()])

@@ -22,7 +22,7 @@ from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
 
-_PHASES = ("rollout", "teacher", "train")
+_PHASES = ("rollout", "teacher", "weigh", "train")
 
 
 class Trainer:
@@ -46,6 +46,7 @@ class Trainer:
         self.teacher = parts.teacher
         self.write = parts.write
         self.objective = parts.objective
+        self.importance = parts.importance
         self.recorder = recorder
         self.evaluator = evaluator
         self.checkpoints = checkpoints
@@ -91,10 +92,12 @@ class Trainer:
             teacher_rows = self.teacher.fetch() if self.teacher is not None else None
         self._ahead = self._write(step + 1) if self._writes_ahead and step < self.config.training.steps else None
         micro_batches = self.student.micro_batches(rollouts, teacher_rows)
+        with self._measured("weigh"):
+            micro_batches, weighing = self.importance.weigh(self.student, micro_batches, self.objective, step)
         with self._measured("train"):
             sums, norm, updated = self.student.train_step(micro_batches, self.objective)
         self._advance(step, updated, sums.loss, norm)
-        return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started)}
+        return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started), **weighing}
 
     def _write(self, step: int) -> Rollouts:
         """Return a step's samples, written by the weights as they are; the teacher is asked for their scores."""
@@ -109,10 +112,10 @@ class Trainer:
         samples, response_tokens = rollouts.samples, rollouts.num_response_tokens
         payload_bytes, gathered_bytes = (self.teacher.payload_bytes, self.teacher.gathered_bytes) if self.teacher is not None else (0, 0)
         return {
-            "loss": sums.mean_loss,
+            "loss": sums.per_token(sums.loss),
             "divergence": sums.per_token(sums.divergence),
             "student_entropy": sums.per_token(sums.entropy),
-            "kept_fraction": sums.per_token(sums.weight),
+            "kept_fraction": sums.tokens / max(1, response_tokens),
             "rollout_staleness": self.progress.step - 1 - rollouts.policy_version,
             "response_tokens": response_tokens,
             "response_length_mean": response_tokens / len(samples),
