@@ -213,9 +213,11 @@ def _payload(rank: PlannedRank, row_bytes: int) -> list[Term]:
     why = f"{held:,} rows held, {buffered:,} in messages, {needed:,} joined by sample, of {row_bytes:,} bytes"
     terms = [
         Term(name="payload, scored and sent", phase="teacher", num_bytes=(held + buffered + needed) * row_bytes, why=why),
-        # Once by sample, and once joined into micro-batches.
-        Term(name="payload, in training", phase="train", num_bytes=2 * needed * row_bytes, why=f"2 x {needed:,} rows of {row_bytes:,} bytes"),
     ]
+    if needed:
+        joined = StepShape(rank).scored_tokens
+        why = f"{needed:,} rows of {row_bytes:,} bytes by sample, and {joined:,} joined for a micro-batch"
+        terms.append(Term(name="payload, in training", phase="train", num_bytes=(needed + joined) * row_bytes, why=why))
     if settings is not None and settings.staleness:
         why = f"{needed:,} rows of {row_bytes:,} bytes, while the student writes the batch after theirs"
         terms.append(Term(name="payload, waiting", phase="rollout", num_bytes=needed * row_bytes, why=why))

@@ -8,7 +8,7 @@ Shapes: B sequences, S padded length, T scored positions of a micro-batch, N tok
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd_megatron.planning.activations import FP32_BYTES
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
@@ -41,7 +41,8 @@ def rank_messages(rank: PlannedRank) -> list[Message]:
     if rank.teacher is not None:
         found += _teacher(rank, rank.teacher, shape)
     if rank.student is not None:
-        found += [*_training(rank, rank.student, shape), *_optimizer(rank, rank.student)]
+        training = list(_training(rank, rank.student, shape))
+        found += [*_weighing(rank, rank.student, shape, training), *training, *_optimizer(rank, rank.student)]
     return [message for message in found if message.count]
 
 
@@ -158,6 +159,25 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Ite
     sends = batches * (2 * layout.virtual - groups.is_last_stage - groups.is_first_stage)
     num_bytes = activation // (layout.tensor if layout.sequence else 1)
     yield Message(phase="train", group="student PP", operation="send", count=sends, num_bytes=num_bytes, why="forward and backward [S, B, H]")
+
+
+def _weighing(rank: PlannedRank, student: PlannedModel, shape: StepShape, training: Sequence[Message]) -> Iterator[Message]:
+    """The forward passes before the gradient in which a selection rule measures every token: `training.importance`."""
+    if rank.config.training.objective != "opd" or rank.config.importance.rule == "all":
+        return
+    for message in training:
+        first, _, rest = message.why.partition(": ")
+        if first in ("forward", "loss"):
+            yield replace(message, phase="weigh")
+        elif first == "forward and recomputation":
+            yield replace(message, phase="weigh", count=message.count // 2, why=f"forward: {rest}")
+    batches, groups, layout = shape.num_micro_batches, student.groups, student.groups.layout
+    num_bytes = shape.micro_batch_tokens * _row_bytes(student) // (layout.tensor if layout.sequence else 1)
+    sends = batches * (layout.virtual - groups.is_last_stage)
+    yield Message(phase="weigh", group="student PP", operation="send", count=sends, num_bytes=num_bytes, why="forward [S, B, H]")
+    num_tokens = rank.config.num_sequences * rank.config.rollout.max_response_tokens
+    why = "entropy and both divergences of every response token of the step, fp32"
+    yield Message(phase="weigh", group="student's ranks", operation="all-reduce", count=1, num_bytes=3 * FP32_BYTES * num_tokens, why=why)
 
 
 def _loss(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:

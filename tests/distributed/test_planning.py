@@ -517,8 +517,11 @@ def sent_messages(config: RunConfig) -> dict[str, dict[str, int]]:
     counts = {
         "rollout": counted(lambda: sampler.generate([sample.prompt_ids.tolist() for sample in share], [(i,) for i in range(len(share))], settings)),
         "teacher": counted(lambda: scores.append(teacher.score(rollouts))),
+        "weigh": {},
         "train": counted(lambda: student.train_step(student.micro_batches(rollouts, scores[0]), objective)),
     }
+    if config.importance.rule != "all":
+        counts["weigh"] = counted(lambda: student.statistics(student.micro_batches(rollouts, scores[0]), objective, 1.0))
     # Megatron also calls the data-parallel collectives of a group of one, and gathers all weights once for each optimizer, the dense and the experts'.
     in_vain = sum(len(buffer.buckets) for buffer in buffers(student) if buffer.data_parallel_group.size() == 1)
     for operation, times in {"reduce-scatter": 1, "all-gather": len(student.optimizer.chained_optimizers)}.items() if in_vain else ():
@@ -545,7 +548,7 @@ def planned_messages(config: RunConfig) -> list[dict[str, dict[str, int]]]:
     student, teacher = know_model("student", config.student, PUBLISHED), know_model("teacher", config.teacher, PUBLISHED)
     by_rank, payload = [], step_payload(config)
     for rank in range(config.world_size):
-        counts: dict[str, dict[str, int]] = {"rollout": {}, "teacher": {}, "train": dict(SCALARS)}
+        counts: dict[str, dict[str, int]] = {"rollout": {}, "teacher": {}, "weigh": {}, "train": dict(SCALARS)}
         for message in rank_messages(plan_rank(config, student, teacher, payload, rank)):
             of_phase = counts["train" if message.phase == "optimizer" else message.phase]
             # The default loss is a KL divergence, whose exchange is all-reduces.
@@ -566,6 +569,12 @@ def test_ranks_send_as_many_messages_as_planned(models: Path, pool: RankPool, pl
 def test_packs_and_recomputed_layers_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     config = replace(config_of(models, name), training=TrainingConfig(precision="fp32"))
     check_messages(apply_overrides(config, [RECOMPUTED, PACKED]), pool, planner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2+SPxDP2, teacher TP2xPP2", "CP2xTP2, teacher CP2xPP2", "EP2xPP2, teacher EP4"])
+def test_the_pass_of_a_selection_rule_sends_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
+    check_messages(apply_overrides(config_of(models, name), ["importance.rule=soft_or_topk"]), pool, planner)
 
 
 def check_messages(config: RunConfig, pool: RankPool, planner: Callable[..., Any]) -> None:
