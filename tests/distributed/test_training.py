@@ -136,7 +136,10 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", PACKED)
+QUICK_PACKED = ("one rank", "DP4", "PP2xVPP2", "CP2xTP2+SP, teacher CP2")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK_PACKED else pytest.param(name, marks=pytest.mark.slow) for name in PACKED])
 def test_packed_sequences_train_as_padded_ones_do(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     """No sequence sees another in its pack: losses and gradients are those of one sequence a row. 8 samples of 8 to 31 tokens."""
     student, teacher, world_size = PACKED[name]
@@ -152,7 +155,11 @@ def test_packed_sequences_train_as_padded_ones_do(models: Path, recorded: Path, 
 
 
 @pytest.mark.parametrize("training", [{"micro_batch": 2}, {"micro_batch_tokens": 76}], ids=["padded", "packed"])
-@pytest.mark.parametrize(("student", "count"), [({}, 3), ({}, 7), ({"pipeline": 2}, 5), ({"pipeline": 2, "virtual": 2}, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("student", "count"),
+    [({}, 3), ({"pipeline": 2, "virtual": 2}, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (({}, 7), ({"pipeline": 2}, 5)))],
+    ids=str,
+)
 def test_a_batch_that_does_not_divide_leaves_some_replicas_less_to_do(
     models: Path, pool: RankPool, tmp_path: Path, student: dict[str, Any], count: int, training: dict[str, Any]
 ) -> None:
