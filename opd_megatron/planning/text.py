@@ -56,7 +56,8 @@ def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
         yield "         one batch ahead: two batches of rollouts in flight, scores of one wait while the student writes the next and trains"
     if (experts := model.known.architecture.experts) is not None:
         copies = grid.expert_shape["expt_dp"]
-        held = f"{experts.num_experts} experts = EP {layout.expert} x {experts.num_experts // layout.expert}, {copies} ranks of a stage hold the same"
+        parts = f", each in {layout.expert_tensor} parts (ETP)" if layout.expert_tensor > 1 else ""
+        held = f"{experts.num_experts} experts = EP {layout.expert} x {experts.num_experts // layout.expert}{parts}, {copies} ranks of a stage hold the same"
         yield f"         {held}; a token visits {experts.experts_per_token}, taken to be all equally often"
     if gpus_per_node % layout.tensor:
         yield f"         its tensor groups of {layout.tensor} do not divide nodes of {gpus_per_node} GPUs: their sums would cross nodes"

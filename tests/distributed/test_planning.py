@@ -116,6 +116,9 @@ MIXTURES = {
     "TP2+SPxEP2, teacher EP2xPP2": ({"tensor": 2, "sequence": True, "expert": 2}, {"expert": 2, "pipeline": 2}),
     "CP2xEP4, teacher EP2xTP2": ({"context": 2, "expert": 4}, {"expert": 2, "tensor": 2}),
     "DP4 of whole mixtures, teacher TP2": ({}, {"tensor": 2}),
+    "EP2xETP2, teacher TP2xETP2": ({"expert": 2, "expert_tensor": 2}, {"tensor": 2, "expert_tensor": 2}),
+    "TP2+SPxETP2, teacher ETP4": ({"tensor": 2, "sequence": True, "expert_tensor": 2}, {"expert_tensor": 4}),
+    "PP2xETP2, teacher EP2xETP2": ({"pipeline": 2, "expert_tensor": 2}, {"expert": 2, "expert_tensor": 2}),
 }
 
 
@@ -339,15 +342,19 @@ def planned_activations(config: RunConfig) -> int:
         ("mixture", {"expert": 2}, 2),
         ("mixture", {"expert": 2, "tensor": 2, "sequence": True}, 2),
         ("mixture_teacher", {"expert": 2}, 1),
+        ("mixture", {"expert_tensor": 2}, 2),
+        ("mixture_teacher", {"expert_tensor": 2, "tensor": 2, "sequence": True}, 1),
+        ("mixture", {"expert": 2, "expert_tensor": 2}, 2),
     ],
 )
 def test_autograd_saves_what_was_planned(
     models: Path, pool: RankPool, planner: Callable[..., Any], student: str, layout: dict[str, Any], micro_batch: int, precision: str
 ) -> None:
-    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision=precision, micro_batch=micro_batch)
+    num_ranks = max(2, layout.get("expert", 1) * layout.get("expert_tensor", 1))
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=num_ranks, precision=precision, micro_batch=micro_batch)
     config = replace(config, student=replace(config.student, hf=str(models / student)))
     # However a router spreads the tokens, the ranks that share experts save as much together as planned.
-    assert 2 * planner(planned_activations, config) == sum(pool.run(saved_bytes, config, world_size=2))
+    assert num_ranks * planner(planned_activations, config) == sum(pool.run(saved_bytes, config, world_size=num_ranks))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -412,9 +419,11 @@ RECOMPUTED, PACKED = "training.recompute=full", "training.micro_batch_tokens=96"
         ("student", {}, [RECOMPUTED]),
         ("student", {"tensor": 2, "sequence": True}, [RECOMPUTED]),
         ("mixture", {"expert": 2}, [RECOMPUTED]),
+        ("mixture", {"expert_tensor": 2}, [RECOMPUTED]),
         ("student", {}, [PACKED]),
         ("llama", {"tensor": 2, "sequence": True}, [PACKED]),
         ("mixture", {}, [PACKED]),
+        ("mixture", {"expert_tensor": 2}, [PACKED]),
         ("student", {"tensor": 2}, [PACKED, RECOMPUTED]),
     ],
 )
@@ -474,11 +483,24 @@ def test_stages_hold_as_many_micro_batches_as_planned(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("student", "layout"), [("wide", {}), ("wide_mixture", {}), ("wide_mixture", {"expert": 2}), ("wide_mixture", {"tensor": 2})])
-def test_a_forward_without_gradients_needs_what_was_planned(models: Path, pool: RankPool, student: str, layout: dict[str, Any], precision: str) -> None:
-    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision=precision)
+@pytest.mark.parametrize(
+    ("student", "layout", "world_size"),
+    [
+        ("wide", {}, 2),
+        ("wide_mixture", {}, 2),
+        ("wide_mixture", {"expert": 2}, 2),
+        ("wide_mixture", {"tensor": 2}, 2),
+        ("wide_mixture", {"expert_tensor": 2}, 2),
+        ("wide_mixture", {"tensor": 2, "expert_tensor": 2}, 2),
+        ("wide_mixture", {"expert": 2, "expert_tensor": 2}, 4),
+    ],
+)
+def test_a_forward_without_gradients_needs_what_was_planned(
+    models: Path, pool: RankPool, student: str, layout: dict[str, Any], world_size: int, precision: str
+) -> None:
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=world_size, precision=precision)
     config = replace(config, student=replace(config.student, hf=str(models / student)))
-    measured = pool.run(forward_peak, config, world_size=2)
+    measured = pool.run(forward_peak, config, world_size=world_size)
     # However tokens are spread. Cosines, sines and the router's logits are not planned, and much of a tiny model.
     assert sum(peak for peak, _ in measured) == pytest.approx(sum(tokens for _, tokens in measured) * planned_forward(config), rel=0.05)
 
@@ -490,6 +512,7 @@ OPERATIONS = {
     "c10d::allgather_": "all-gather",
     "c10d::_allgather_base_": "all-gather",
     "c10d::allgather_into_tensor_coalesced_": "all-gather",
+    "c10d::reduce_scatter_": "reduce-scatter",
     "c10d::_reduce_scatter_base_": "reduce-scatter",
     "c10d::reduce_scatter_tensor_coalesced_": "reduce-scatter",
     "c10d::alltoall_base_": "all-to-all",
@@ -562,7 +585,7 @@ def test_ranks_send_as_many_messages_as_planned(models: Path, pool: RankPool, pl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TP2+SPxDP2, teacher TP2xPP2", "CP2xTP2, teacher CP2xPP2", "EP2xPP2, teacher EP4"])
+@pytest.mark.parametrize("name", ["TP2+SPxDP2, teacher TP2xPP2", "CP2xTP2, teacher CP2xPP2", "EP2xPP2, teacher EP4", "EP2xETP2, teacher TP2xETP2"])
 def test_packs_and_recomputed_layers_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     config = replace(config_of(models, name), training=TrainingConfig(precision="fp32"))
     check_messages(apply_overrides(config, [RECOMPUTED, PACKED]), pool, planner)
