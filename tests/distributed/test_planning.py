@@ -148,6 +148,7 @@ def held_bytes(config: RunConfig, bridge: Any = None) -> dict[str, int]:
         "scores received": sum(rows.nbytes for rows in (received.rows if received is not None else {}).values()),
         "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
         "payload bytes": teacher.payload_bytes,
+        "gathered bytes": teacher.gathered_bytes,
     }
 
 
@@ -170,6 +171,7 @@ def held_apart(config: RunConfig) -> dict[str, int]:
             "teacher weights": sum(storages(scorer.model.parameters()).values()),
             "scores made": sum(part.nbytes for part in rows.values()),
             "payload bytes": route.plan.sent_rows() * router.row_bytes,
+            "gathered bytes": route.plan.gathered_rows() * router.row_bytes,
         }
 
 
@@ -194,9 +196,10 @@ def planned_bytes(config: RunConfig) -> list[dict[str, int]]:
     student, teacher = know_model("student", config.student, PUBLISHED), know_model("teacher", config.teacher, PUBLISHED)
     payload, row_bytes = step_payload(config), teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize
     ranks = [rank_memory(plan_rank(config, student, teacher, payload, rank)) for rank in range(config.world_size)]
-    everyone = make_plan(config, PUBLISHED).payload_bytes
+    plan = make_plan(config, PUBLISHED)
+    everyone = {"payload bytes": plan.payload_bytes, "gathered bytes": plan.payload_gathered_bytes}
     scores = [{"scores received": payload.needed_rows(rank) * row_bytes, "scores made": payload.held_rows(rank) * row_bytes} for rank in range(len(ranks))]
-    return [{**{term.name: term.num_bytes for term in memory.terms}, "payload bytes": everyone, **own} for memory, own in zip(ranks, scores, strict=True)]
+    return [{**{term.name: term.num_bytes for term in memory.terms}, **everyone, **own} for memory, own in zip(ranks, scores, strict=True)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
