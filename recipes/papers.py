@@ -70,12 +70,12 @@ def llama3_8b_from_70b_8gpu_h200() -> RunConfig:
 def qwen2p5_1p5b_from_14b_4gpu_h200() -> RunConfig:
     """Qwen2.5-1.5B-Instruct from a Qwen2.5-14B-Instruct that thinks: the column "100 %" of Tables 3 to 5 of TIP (arXiv 2604.14084), as its Table 9 has it.
 
-    As `qwen3_4b_from_8b_grpo_8gpu_h200`, on 4 GPUs.
+    As `qwen3_4b_from_8b_grpo_8gpu_h200`, on 4 GPUs. The student's 2 key-value heads allow its weights, which the self-test scores, no more than two ranks.
     """
     return _token_importance(
         world_size=4,
         student=StudentConfig(hf="models/Qwen2.5-1.5B-Instruct", layout=ParallelLayout(tensor=2, sequence=True)),
-        teacher=TeacherConfig(hf="models/thinking/Qwen2.5-14B-Instruct", layout=ParallelLayout(tensor=4), micro_batch=2),
+        teacher=TeacherConfig(hf="models/thinking/Qwen2.5-14B-Instruct", layout=ParallelLayout(tensor=2), micro_batch=2),
     )
 
 

@@ -25,6 +25,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1, help="ranks that the experts of a mixture are spread over")
+    parser.add_argument("--expert-tensor", type=int, default=1, help="parts that each expert is split into")
     parser.add_argument("--text", action="append", help="may be repeated; default: three short samples")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tolerance", type=float, help="largest difference allowed (default 1e-4 in fp32, 0.5 in bf16)")
@@ -33,7 +35,7 @@ def main() -> int:
     from opd_megatron.parallel.world import join_world, leave_world
 
     try:
-        layout = ParallelLayout(tensor=arguments.tensor, pipeline=arguments.pipeline)
+        layout = ParallelLayout(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert, expert_tensor=arguments.expert_tensor)
         join_world()
         difference = _largest_difference(arguments, layout)
     except ValueError as error:

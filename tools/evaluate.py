@@ -2,6 +2,7 @@
 
     python tools/evaluate.py --hf DIR --data prompts.jsonl
     torchrun --nproc-per-node 4 tools/evaluate.py --checkpoint DIR --data reasoning_gym:spell_backward --tensor 2 --samples 4 --temperature 1
+    torchrun --nproc-per-node 2 tools/evaluate.py --hf MIXTURE_DIR --data prompts.jsonl --expert 2
 
 The last line is one JSON object.
 """
@@ -65,7 +66,7 @@ def _evaluate(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Any]
     from opd_megatron.rollout.engine import Sampler
     from opd_megatron.rollout.sampling import SamplingSettings
 
-    layout = ParallelLayout(tensor=arguments.tensor, pipeline=arguments.pipeline)
+    layout = ParallelLayout(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert, expert_tensor=arguments.expert_tensor)
     with shared_errors():
         layout.data_size(dist.get_world_size())
         source = open_weights(hf=arguments.hf, checkpoint=arguments.checkpoint)
@@ -88,7 +89,7 @@ def _evaluate(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Any]
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    for name in ("samples", "prompts", "max_prompt_tokens", "max_response_tokens", "batch_sequences", "tensor", "pipeline"):
+    for name in ("samples", "prompts", "max_prompt_tokens", "max_response_tokens", "batch_sequences", "tensor", "pipeline", "expert", "expert_tensor"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -119,6 +120,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-sequences", type=int, default=256)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1, help="ranks that the experts of a mixture are spread over")
+    parser.add_argument("--expert-tensor", type=int, default=1, help="parts that each expert is split into")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="data settings, e.g. answer_key=solution task_options.max_word_len=7")

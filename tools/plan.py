@@ -3,7 +3,7 @@
     python tools/plan.py NAME [KEY=VALUE ...] [--nodes N --gpus-per-node G] [--gpu-memory GIB] [--json]
 
 Models that are not downloaded yet are planned from recipes/architectures/NAME/config.json.
-Exit code 0 if every rank fits into --gpu-memory, 2 if not, with what to change, and for wrong input.
+Exit code 0 if every rank fits into --gpu-memory, 2 if not, with what to change, and for wrong input: of layouts with the nearest that work.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def main() -> int:
             raise ValueError(f"--gpu-memory {arguments.gpu_memory} must be positive, in GiB")
         from opd_megatron.planning import as_json, as_text, make_plan, shortfall
 
+        refuse_what_a_run_would(config)
         plan = make_plan(config, PUBLISHED)
         gpu_memory_bytes = round(arguments.gpu_memory * 2**30)
-        missing = shortfall(plan, gpu_memory_bytes, PUBLISHED)
+        missing = shortfall(plan, gpu_memory_bytes, PUBLISHED, refuse_what_a_run_would)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,8 +60,18 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     config = apply_overrides(find_recipe(arguments.name)(), arguments.overrides)
     if arguments.nodes is not None or arguments.gpus_per_node is not None:
         config = replace(config, world_size=(arguments.nodes or 1) * (arguments.gpus_per_node or GPUS_PER_NODE))
-    config.check_world(config.world_size)
     return config
+
+
+def refuse_what_a_run_would(config: RunConfig) -> None:
+    """Raise ValueError, with the nearest layouts that do, where a run would refuse those of `config`."""
+    from opd_megatron.planning.architectures import find_model
+    from opd_megatron.training.layouts import check_layouts
+
+    student = find_model("student", config.student, PUBLISHED).architecture
+    distills = config.teacher is not None and config.training.objective == "opd"
+    teacher = find_model("teacher", config.teacher, PUBLISHED).architecture if config.teacher is not None and distills else None
+    check_layouts(config, config.world_size, student, teacher)
 
 
 def _parse_arguments() -> argparse.Namespace:

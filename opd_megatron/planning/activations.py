@@ -5,8 +5,8 @@ counts the tensors that each operation of a layer saves and divides them by the 
 under sequence parallelism. Adapted to what the layers here do: SwiGLU in place of GeLU, grouped-query attention, flash attention (no scores,
 but a logarithm of their sum per head), RMSNorm on queries and keys, rotary embedding, no dropout. Under full recomputation only the inputs of layers
 are kept, and one layer at a time is whole again in the backward.
-A mixture of experts is counted with balanced routing: every rank computes as many copies of tokens as it sends out. Left out: the last micro-batch's
-routes, which its dispatchers keep beside autograd (5 bytes a token, expert and layer).
+A mixture of experts is counted with balanced routing: every rank computes as many copies of tokens as it sends out, and where experts are split, those of
+all ranks that have a part of them. Left out: the last micro-batch's routes, which its dispatchers keep beside autograd (5 bytes a token, expert and layer).
 `tests/distributed/test_planning.py` compares the sum with what PyTorch saves.
 """
 
@@ -61,7 +61,11 @@ def layer_activations(architecture: Architecture, layout: ParallelLayout, shape:
         ActivationTerm(FP32_BYTES * (2 / whole + normed_heads), "one fp32 number of every norm"),
         # One row per position, whatever the number of sequences.
         ActivationTerm(4 * itemsize * head_dim / shape.num_rows, "cosines and sines of the rotation of queries and of keys: 4d a position"),
-        *(_experts(architecture.experts, hidden, whole, itemsize) if architecture.experts else _feed_forward(architecture.ffn_hidden_size / tensor, itemsize)),
+        *(
+            _experts(architecture.experts, hidden, whole, layout.expert_tensor, itemsize)
+            if architecture.experts
+            else _feed_forward(architecture.ffn_hidden_size / tensor, itemsize)
+        ),
     ]
 
 
@@ -84,16 +88,19 @@ def _feed_forward(ffn: float, itemsize: int) -> list[ActivationTerm]:
     return [ActivationTerm(5 * itemsize * ffn, "gate and up, silu of gate, up plus its offset, their product: 5f / t")]
 
 
-def _experts(experts: Experts, hidden: int, whole: int, itemsize: int) -> list[ActivationTerm]:
-    """Return what a router and its experts keep of one token, which k of E experts of width f see; split over ranks as the sequence is."""
+def _experts(experts: Experts, hidden: int, whole: int, parts: int, itemsize: int) -> list[ActivationTerm]:
+    """Return what a router and its experts keep of one token, which k of E experts of width f see; split over ranks as the sequence is.
+
+    Each of the x `parts` of an expert reads the copies of x ranks, and has 1 / x of its width.
+    """
     chosen, num_experts, ffn = experts.experts_per_token, experts.num_experts, experts.ffn_hidden_size
     # The softmax is over the chosen experts, or over all where their weights are not scaled to a sum of one.
     weighed = chosen if experts.norm_topk_prob else num_experts
     return [
         ActivationTerm((_INDEX_BYTES * chosen + FP32_BYTES * weighed) / whole, "router: ids of the chosen experts, softmax in fp32"),
         ActivationTerm((FP32_BYTES + 1) * num_experts / whole, "weights in fp32 and whether chosen, of every expert: 5 E bytes"),
-        ActivationTerm((_INDEX_BYTES + FP32_BYTES) * chosen / whole, "place and weight of every copy: 12 k bytes"),
-        ActivationTerm(itemsize * chosen * hidden / whole, "copies that experts read: k h"),
+        ActivationTerm((_INDEX_BYTES + FP32_BYTES * parts) * chosen / whole, "place of every copy, and its weight on x ranks: (8 + 4 x) k bytes"),
+        ActivationTerm(itemsize * chosen * hidden * parts / whole, "copies that experts read, of x ranks: k h x"),
         ActivationTerm(6 * itemsize * chosen * ffn / whole, "gate and up, silu of gate, up plus its offset, their product, the same weighed: 6 k f"),
     ]
 
@@ -121,12 +128,15 @@ def chunk_activation_bytes(
 def forward_bytes_per_token(architecture: Architecture, layout: ParallelLayout, *, itemsize: int, num_layers: int) -> int:
     """Return what a forward without gradients holds of one token at its widest, in a feed-forward layer; no sequence is split there.
 
-    4h: the inputs of the stage, the layer, the norm after attention, and the feed-forward. Then, dense, 5f / t; with experts k h for each of the copies as
-    sent, as arrived and as sorted, and the outputs before and after they are joined, beside the routes that all `num_layers` layers keep. Without expert
-    parallelism the copies that are sent are those that arrive.
+    4h: the inputs of the stage, the layer, the norm after attention, and the feed-forward. Then, dense, 5f / t; with experts, beside the routes that all
+    `num_layers` layers keep, k h for the copies as sent, again as arrived where they go to other ranks, and three times as the experts see them: sorted, and
+    the outputs before and after they are joined. The x parts of split experts see the copies of x ranks, and their outputs are summed in fp32.
     """
-    hidden, experts = architecture.hidden_size, architecture.experts
+    hidden, experts, parts = architecture.hidden_size, architecture.experts, layout.expert_tensor
     if experts is None:
         return round(itemsize * (4 * hidden + 5 * architecture.ffn_hidden_size / layout.tensor))
-    widest, routes = 5 if layout.expert > 1 else 4, (FP32_BYTES + 1) * experts.num_experts + _INDEX_BYTES * experts.experts_per_token
-    return itemsize * (4 + widest * experts.experts_per_token) * hidden + num_layers * routes
+    sent, routes = 2 if layout.expert > 1 else 1, (FP32_BYTES + 1) * experts.num_experts + _INDEX_BYTES * experts.experts_per_token
+    # One more copy of each in fp32, if outputs have another dtype, and the sum.
+    summed = FP32_BYTES * (1 + (parts if itemsize < FP32_BYTES else 0)) if parts > 1 else 0
+    copies = (itemsize * (sent + 3 * parts) + summed) * experts.experts_per_token
+    return (itemsize * 4 + copies) * hidden + num_layers * routes

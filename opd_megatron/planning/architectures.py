@@ -19,11 +19,11 @@ class KnownModel:
     source: Path
 
 
-def know_model(role: str, settings: StudentConfig | TeacherConfig, published: Sequence[Path]) -> KnownModel:
+def find_model(role: str, settings: StudentConfig | TeacherConfig, published: Sequence[Path]) -> KnownModel:
     """Return the model that a configuration names; of a Hugging Face folder that is absent, the architecture `published` under its name.
 
     `published` are folders of folders with a config.json. The name is that of the absent folder (Qwen3-8B), or its parent's and its own (tiny_teacher).
-    Raises ValueError if neither is there, if config.json is not understood, or if the layout does not divide the sizes or cannot train the model.
+    Raises ValueError if neither is there, or if config.json is not understood.
     """
     folder = Path(settings.hf) if settings.hf else Path(settings.checkpoint or "") / "huggingface"
     if not folder.exists():
@@ -33,8 +33,13 @@ def know_model(role: str, settings: StudentConfig | TeacherConfig, published: Se
             key, value = ("hf", settings.hf) if settings.hf else ("checkpoint", settings.checkpoint)
             raise ValueError(f"{role}.{key}={value!r} is not on this machine, and no architecture of that name is; there are {', '.join(known)}")
         folder = named[0]
-    architecture = read_architecture(folder)
-    architecture.check_layout(role, settings.layout)
+    return KnownModel(read_architecture(folder), folder)
+
+
+def know_model(role: str, settings: StudentConfig | TeacherConfig, published: Sequence[Path]) -> KnownModel:
+    """Return what `find_model` does; raise ValueError as well if the layout does not divide the sizes or cannot train the model."""
+    known = find_model(role, settings, published)
+    known.architecture.check_layout(role, settings.layout)
     if role == "student":
-        architecture.check_training(role, settings.layout)
-    return KnownModel(architecture, folder)
+        known.architecture.check_training(role, settings.layout)
+    return known

@@ -86,10 +86,10 @@ def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str
         per_layer = _split_blocks(model)
         count = passes * (per_layer * model.counts.num_layers + groups.is_first_stage)
         yield Message(phase=phase, group=f"{role} TP", operation="all-reduce", count=count, num_bytes=num_bytes, why=f"{per_layer} a layer, 1 embedding: {why}")
-    if groups.layout.expert > 1:
+    if groups.layout.replicas_share_experts:
         step_why = "whether any replica has text, before each pass and once in vain"
         yield Message(phase=phase, group=f"{role} TP x CP x DP", operation="all-reduce", count=passes + 1, num_bytes=FP32_BYTES, why=step_why)
-        yield from _experts(model, phase, role, passes, tokens)
+    yield from _experts(model, phase, role, passes, tokens)
     sends = passes * (groups.layout.virtual - groups.is_last_stage)
     yield Message(phase=phase, group=f"{role} PP", operation="send", count=sends, num_bytes=num_bytes, why=why)
 
@@ -101,18 +101,35 @@ def _split_blocks(model: PlannedModel) -> int:
 
 def _experts(model: PlannedModel, phase: str, role: str, passes: int, tokens: int, directions: Sequence[str] = ("forward",)) -> Iterator[Message]:
     """Copies of `tokens` to the ranks of their experts and back, in every layer."""
-    experts, group, size = model.known.architecture.experts, f"{role} EP", model.groups.layout.expert
-    if experts is None or size == 1:
+    experts, layout = model.known.architecture.experts, model.groups.layout
+    num_ranks = layout.expert * layout.expert_tensor
+    if experts is None or num_ranks == 1:
         return
     count, copies = passes * model.counts.num_layers, tokens * experts.experts_per_token
     for direction in directions:
         if direction != "backward":
-            num_bytes, why = _INDEX_BYTES * experts.num_experts * size, f"{direction}: copies for every expert, 1 a layer"
-            yield Message(phase=phase, group=group, operation="all-gather", count=count, num_bytes=num_bytes, why=why)
-        why = f"{direction}: copies out and back, 2 a layer: [{experts.experts_per_token} x tokens, H]"
-        yield Message(phase=phase, group=group, operation="all-to-all", count=2 * count, num_bytes=copies * _row_bytes(model), why=why)
-        why = f"{direction}: weights of copies, 1 a layer, fp32"
-        yield Message(phase=phase, group=group, operation="all-to-all", count=count, num_bytes=copies * FP32_BYTES, why=why)
+            num_bytes, why = _INDEX_BYTES * experts.num_experts * num_ranks, f"{direction}: copies for every expert, 1 a layer"
+            yield Message(phase=phase, group=f"{role} EP x ETP", operation="all-gather", count=count, num_bytes=num_bytes, why=why)
+        if layout.expert > 1:
+            why = f"{direction}: copies out and back, 2 a layer: [{experts.experts_per_token} x tokens, H]"
+            yield Message(phase=phase, group=f"{role} EP", operation="all-to-all", count=2 * count, num_bytes=copies * _row_bytes(model), why=why)
+            why = f"{direction}: weights of copies, 1 a layer, fp32"
+            yield Message(phase=phase, group=f"{role} EP", operation="all-to-all", count=count, num_bytes=copies * FP32_BYTES, why=why)
+        yield from _split_experts(model, phase, f"{role} ETP", count, copies * layout.expert_tensor, direction)
+
+
+def _split_experts(model: PlannedModel, phase: str, group: str, count: int, copies: int, direction: str) -> Iterator[Message]:
+    """The `copies` of all ranks that have a part of the same experts, gathered there, and the sum of what the parts make of them; the reverse backward."""
+    if model.groups.layout.expert_tensor == 1:
+        return
+    there, back = ("reduce-scatter", "all-gather") if direction == "backward" else ("all-gather", "reduce-scatter")
+    why = f"{direction}: copies to all parts of an expert, 1 a layer"
+    yield Message(phase=phase, group=group, operation=there, count=count, num_bytes=copies * _row_bytes(model), why=why)
+    why = f"{direction}: weights of these copies, 1 a layer, fp32"
+    yield Message(phase=phase, group=group, operation=there, count=count, num_bytes=copies * FP32_BYTES, why=why)
+    # Megatron-Core sums in the dtype of the router.
+    num_bytes, why = copies * FP32_BYTES * model.known.architecture.hidden_size, f"{direction}: outputs of all parts, 1 a layer, fp32"
+    yield Message(phase=phase, group=group, operation=back, count=count, num_bytes=num_bytes, why=why)
 
 
 def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:

@@ -38,7 +38,9 @@ class Plan:
     models: tuple[ModelPlan, ...]
     num_micro_batches: int
     payload_messages: int
+    # What reaches tensor groups from outside, and what their ranks then get from one another.
     payload_bytes: int
+    payload_gathered_bytes: int
     ranks: tuple[RankMemory, ...]
     messages: tuple[tuple[Message, ...], ...]
 
@@ -68,6 +70,7 @@ def make_plan(config: RunConfig, published: Sequence[Path]) -> Plan:
     student = know_model("student", config.student, published)
     teacher = know_model("teacher", config.teacher, published) if config.teacher is not None and config.training.objective == "opd" else None
     payload = step_payload(config)
+    row_bytes = teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize if teacher else 0
     ranks = [plan_rank(config, student, teacher, payload, rank) for rank in ranks_to_plan(config)]
     known = {"student": student, "teacher": teacher}
     return Plan(
@@ -75,7 +78,8 @@ def make_plan(config: RunConfig, published: Sequence[Path]) -> Plan:
         models=tuple(ModelPlan(role=role, known=model, grid=grid) for role, grid in model_grids(config).items() if (model := known[role]) is not None),
         num_micro_batches=StepShape(ranks[0]).num_micro_batches,
         payload_messages=payload.num_messages,
-        payload_bytes=payload.plan.sent_rows() * (teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize if teacher else 0),
+        payload_bytes=payload.plan.sent_rows() * row_bytes,
+        payload_gathered_bytes=payload.plan.gathered_rows() * row_bytes,
         ranks=tuple(rank_memory(rank) for rank in ranks),
         messages=tuple(tuple(rank_messages(rank)) for rank in ranks),
     )

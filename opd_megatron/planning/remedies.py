@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opd_megatron.config import RunConfig, apply_overrides
@@ -40,14 +40,17 @@ _REMEDIES = {
 }
 
 
-def shortfall(plan: Plan, gpu_memory_bytes: int, published: Sequence[Path]) -> str | None:
-    """Return None if every rank fits, else what the largest rank needs, its largest terms, and up to three changes after which the plan would fit."""
+def shortfall(plan: Plan, gpu_memory_bytes: int, published: Sequence[Path], check: Callable[[RunConfig], object] = lambda config: None) -> str | None:
+    """Return None if every rank fits, else what the largest rank needs, its largest terms, and up to three changes after which the plan would fit.
+
+    `check` raises ValueError for configurations that a run would refuse: no change is named that leads to one.
+    """
     largest = plan.largest
     if largest.total_bytes <= gpu_memory_bytes:
         return None
     terms = largest.peak_terms
     parts = ", ".join(f"{term.name} {term.num_bytes / GIB:.1f}" for term in terms[:3])
-    changes = (_smallest_change(plan.config, key, gpu_memory_bytes, published) for key in _keys(terms))
+    changes = (_smallest_change(plan.config, key, gpu_memory_bytes, published, check) for key in _keys(terms))
     fits = list(itertools.islice((change for change in changes if change is not None), _NUM_SHOWN))
     way_out = (
         f"it would fit with {', or '.join(fits)}" if fits else "no single change of those tried fits; combine more ranks, a wider layout and shorter responses"
@@ -65,11 +68,13 @@ def _kind(term: Term) -> str:
     return term.name.partition(",")[0]
 
 
-def _smallest_change(config: RunConfig, key: str, gpu_memory_bytes: int, published: Sequence[Path]) -> str | None:
+def _smallest_change(config: RunConfig, key: str, gpu_memory_bytes: int, published: Sequence[Path], check: Callable[[RunConfig], object]) -> str | None:
     """Return the weakest form of a remedy that fits, as KEY=VALUE with what the largest rank then needs; None if none does."""
     for change in [key] if "=" in key else _strengths(config, key):
         try:
-            plan = make_plan(apply_overrides(config, [change]), published)
+            changed = apply_overrides(config, [change])
+            check(changed)
+            plan = make_plan(changed, published)
         except ValueError:
             continue
         if plan.largest.total_bytes <= gpu_memory_bytes:

@@ -101,8 +101,8 @@ class StepShape:
         return min(self.rank.config.rollout.batch_sequences, -(-num_sequences // model.groups.num_writers))
 
     def _passed(self, model: PlannedModel, replica: int, num_replicas: int) -> int:
-        # Where experts are spread over ranks, all replicas make as many passes as the busiest: `models.forward`.
-        busiest, num_sequences = model.groups.layout.expert > 1, self.rank.config.num_sequences
+        # Where replicas share experts, all of them make as many passes as the busiest: `models.forward`.
+        busiest, num_sequences = model.groups.layout.replicas_share_experts, self.rank.config.num_sequences
         return -(-num_sequences // num_replicas) if busiest else len(replica_share(num_sequences, replica, num_replicas))
 
     def _tokens_of(self, model: PlannedModel) -> int:

@@ -37,7 +37,7 @@ def as_json(plan: Plan, gpu_memory_bytes: int) -> dict[str, Any]:
         "fits": plan.largest.total_bytes <= gpu_memory_bytes,
         "largest_rank": plan.largest.rank,
         "num_micro_batches": plan.num_micro_batches,
-        "payload": {"messages": plan.payload_messages, "bytes": plan.payload_bytes},
+        "payload": {"messages": plan.payload_messages, "bytes": plan.payload_bytes, "gathered_bytes": plan.payload_gathered_bytes},
         "models": [{"role": model.role, "source": str(model.known.source), "layout": model.layout, "data_size": model.grid.data_size} for model in plan.models],
         "ranks": [
             {**asdict(rank), "peak_phase": rank.peak_phase, "total_bytes": rank.total_bytes, "messages": [asdict(message) for message in messages]}
@@ -56,7 +56,8 @@ def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
         yield "         one batch ahead: two batches of rollouts in flight, scores of one wait while the student writes the next and trains"
     if (experts := model.known.architecture.experts) is not None:
         copies = grid.expert_shape["expt_dp"]
-        held = f"{experts.num_experts} experts = EP {layout.expert} x {experts.num_experts // layout.expert}, {copies} ranks of a stage hold the same"
+        parts = f", each in {layout.expert_tensor} parts (ETP)" if layout.expert_tensor > 1 else ""
+        held = f"{experts.num_experts} experts = EP {layout.expert} x {experts.num_experts // layout.expert}{parts}, {copies} ranks of a stage hold the same"
         yield f"         {held}; a token visits {experts.experts_per_token}, taken to be all equally often"
     if gpus_per_node % layout.tensor:
         yield f"         its tensor groups of {layout.tensor} do not divide nodes of {gpus_per_node} GPUs: their sums would cross nodes"
@@ -111,7 +112,8 @@ def _messages(plan: Plan) -> Iterator[str]:
         for message in plan.messages[plan.ranks.index(rank)]:
             head = f"{message.phase:<10}{message.group:<21}{message.operation:<26}"
             yield f"  {head}{message.count:>9,} x {message.num_bytes / (1 << 20):>9.3f}  {message.why}"
-    yield f"  payload, all ranks: {plan.payload_messages:,} messages, {plan.payload_bytes / GIB:.2f} GiB"
+    crossing, gathered = (_gib(num_bytes) for num_bytes in (plan.payload_bytes, plan.payload_gathered_bytes))
+    yield f"payload, all ranks: {plan.payload_messages:,} messages; {crossing} GiB from outside the tensor groups, {gathered} GiB inside them"
 
 
 def _row(label: str, cells: list[str]) -> str:

@@ -263,6 +263,40 @@ def test_every_layout_trains_alike(models: Path, recorded: Path, pool: RankPool,
 
 
 @pytest.fixture(scope="module")
+def deeper(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A student with a layer for each of 4 chunks, and one process's run of it."""
+    folder = tmp_path_factory.mktemp("deeper")
+    write_tiny_model(folder / "student", "qwen3_moe", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=4)
+    pool.run(_job, _of(folder / "student", _config(models, {}, {}, record=True)), folder / "run", world_size=1)
+    return folder / "student", folder / "run"
+
+
+def _of(student: Path, config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, student=dataclasses.replace(config.student, hf=str(student)))
+
+
+def test_chunks_of_a_pipeline_train_experts_alike(models: Path, deeper: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    student, recorded = deeper
+    config = _config(models, {"expert": 2, "pipeline": 2, "virtual": 2}, {"expert": 4}, replay=str(recorded))
+    pool.run(_job, _of(student, config), tmp_path / "run", world_size=4)
+    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        # As above.
+        for key in ("loss", "divergence", "grad_norm", "student_entropy"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+
+
+@pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2, "sequence": True, "expert": 2}], ids=lambda layout: ParallelLayout(**layout).describe())
+def test_packs_train_experts_alike(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Against rows of one process that are padded."""
+    config = _config(models, layout, {"expert": 2}, replay=str(recorded))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=1, micro_batch_tokens=96))
+    pool.run(_job, config, tmp_path / "run", world_size=2)
+    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        for key in ("loss", "divergence", "grad_norm", "student_entropy"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
+
+
+@pytest.fixture(scope="module")
 def one_step(models: Path, recorded: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("one_step") / "run"
     pool.run(_job, _after_one_step(_config(models, {}, {}, replay=str(recorded))), run, world_size=1)

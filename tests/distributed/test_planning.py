@@ -116,6 +116,9 @@ MIXTURES = {
     "TP2+SPxEP2, teacher EP2xPP2": ({"tensor": 2, "sequence": True, "expert": 2}, {"expert": 2, "pipeline": 2}),
     "CP2xEP4, teacher EP2xTP2": ({"context": 2, "expert": 4}, {"expert": 2, "tensor": 2}),
     "DP4 of whole mixtures, teacher TP2": ({}, {"tensor": 2}),
+    "EP2xETP2, teacher TP2xETP2": ({"expert": 2, "expert_tensor": 2}, {"tensor": 2, "expert_tensor": 2}),
+    "TP2+SPxETP2, teacher ETP4": ({"tensor": 2, "sequence": True, "expert_tensor": 2}, {"expert_tensor": 4}),
+    "PP2xETP2, teacher EP2xETP2": ({"pipeline": 2, "expert_tensor": 2}, {"expert": 2, "expert_tensor": 2}),
 }
 
 
@@ -145,6 +148,7 @@ def held_bytes(config: RunConfig, bridge: Any = None) -> dict[str, int]:
         "scores received": sum(rows.nbytes for rows in (received.rows if received is not None else {}).values()),
         "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
         "payload bytes": teacher.payload_bytes,
+        "gathered bytes": teacher.gathered_bytes,
     }
 
 
@@ -167,6 +171,7 @@ def held_apart(config: RunConfig) -> dict[str, int]:
             "teacher weights": sum(storages(scorer.model.parameters()).values()),
             "scores made": sum(part.nbytes for part in rows.values()),
             "payload bytes": route.plan.sent_rows() * router.row_bytes,
+            "gathered bytes": route.plan.gathered_rows() * router.row_bytes,
         }
 
 
@@ -191,9 +196,10 @@ def planned_bytes(config: RunConfig) -> list[dict[str, int]]:
     student, teacher = know_model("student", config.student, PUBLISHED), know_model("teacher", config.teacher, PUBLISHED)
     payload, row_bytes = step_payload(config), teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize
     ranks = [rank_memory(plan_rank(config, student, teacher, payload, rank)) for rank in range(config.world_size)]
-    everyone = make_plan(config, PUBLISHED).payload_bytes
+    plan = make_plan(config, PUBLISHED)
+    everyone = {"payload bytes": plan.payload_bytes, "gathered bytes": plan.payload_gathered_bytes}
     scores = [{"scores received": payload.needed_rows(rank) * row_bytes, "scores made": payload.held_rows(rank) * row_bytes} for rank in range(len(ranks))]
-    return [{**{term.name: term.num_bytes for term in memory.terms}, "payload bytes": everyone, **own} for memory, own in zip(ranks, scores, strict=True)]
+    return [{**{term.name: term.num_bytes for term in memory.terms}, **everyone, **own} for memory, own in zip(ranks, scores, strict=True)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -339,15 +345,19 @@ def planned_activations(config: RunConfig) -> int:
         ("mixture", {"expert": 2}, 2),
         ("mixture", {"expert": 2, "tensor": 2, "sequence": True}, 2),
         ("mixture_teacher", {"expert": 2}, 1),
+        ("mixture", {"expert_tensor": 2}, 2),
+        ("mixture_teacher", {"expert_tensor": 2, "tensor": 2, "sequence": True}, 1),
+        ("mixture", {"expert": 2, "expert_tensor": 2}, 2),
     ],
 )
 def test_autograd_saves_what_was_planned(
     models: Path, pool: RankPool, planner: Callable[..., Any], student: str, layout: dict[str, Any], micro_batch: int, precision: str
 ) -> None:
-    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision=precision, micro_batch=micro_batch)
+    num_ranks = max(2, layout.get("expert", 1) * layout.get("expert_tensor", 1))
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=num_ranks, precision=precision, micro_batch=micro_batch)
     config = replace(config, student=replace(config.student, hf=str(models / student)))
     # However a router spreads the tokens, the ranks that share experts save as much together as planned.
-    assert 2 * planner(planned_activations, config) == sum(pool.run(saved_bytes, config, world_size=2))
+    assert num_ranks * planner(planned_activations, config) == sum(pool.run(saved_bytes, config, world_size=num_ranks))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -412,9 +422,11 @@ RECOMPUTED, PACKED = "training.recompute=full", "training.micro_batch_tokens=96"
         ("student", {}, [RECOMPUTED]),
         ("student", {"tensor": 2, "sequence": True}, [RECOMPUTED]),
         ("mixture", {"expert": 2}, [RECOMPUTED]),
+        ("mixture", {"expert_tensor": 2}, [RECOMPUTED]),
         ("student", {}, [PACKED]),
         ("llama", {"tensor": 2, "sequence": True}, [PACKED]),
         ("mixture", {}, [PACKED]),
+        ("mixture", {"expert_tensor": 2}, [PACKED]),
         ("student", {"tensor": 2}, [PACKED, RECOMPUTED]),
     ],
 )
@@ -474,11 +486,24 @@ def test_stages_hold_as_many_micro_batches_as_planned(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("student", "layout"), [("wide", {}), ("wide_mixture", {}), ("wide_mixture", {"expert": 2}), ("wide_mixture", {"tensor": 2})])
-def test_a_forward_without_gradients_needs_what_was_planned(models: Path, pool: RankPool, student: str, layout: dict[str, Any], precision: str) -> None:
-    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=2, precision=precision)
+@pytest.mark.parametrize(
+    ("student", "layout", "world_size"),
+    [
+        ("wide", {}, 2),
+        ("wide_mixture", {}, 2),
+        ("wide_mixture", {"expert": 2}, 2),
+        ("wide_mixture", {"tensor": 2}, 2),
+        ("wide_mixture", {"expert_tensor": 2}, 2),
+        ("wide_mixture", {"tensor": 2, "expert_tensor": 2}, 2),
+        ("wide_mixture", {"expert": 2, "expert_tensor": 2}, 4),
+    ],
+)
+def test_a_forward_without_gradients_needs_what_was_planned(
+    models: Path, pool: RankPool, student: str, layout: dict[str, Any], world_size: int, precision: str
+) -> None:
+    config = tiny_config(models, ParallelLayout(**layout), ParallelLayout(), world_size=world_size, precision=precision)
     config = replace(config, student=replace(config.student, hf=str(models / student)))
-    measured = pool.run(forward_peak, config, world_size=2)
+    measured = pool.run(forward_peak, config, world_size=world_size)
     # However tokens are spread. Cosines, sines and the router's logits are not planned, and much of a tiny model.
     assert sum(peak for peak, _ in measured) == pytest.approx(sum(tokens for _, tokens in measured) * planned_forward(config), rel=0.05)
 
@@ -490,6 +515,7 @@ OPERATIONS = {
     "c10d::allgather_": "all-gather",
     "c10d::_allgather_base_": "all-gather",
     "c10d::allgather_into_tensor_coalesced_": "all-gather",
+    "c10d::reduce_scatter_": "reduce-scatter",
     "c10d::_reduce_scatter_base_": "reduce-scatter",
     "c10d::reduce_scatter_tensor_coalesced_": "reduce-scatter",
     "c10d::alltoall_base_": "all-to-all",
@@ -565,7 +591,7 @@ def test_ranks_send_as_many_messages_as_planned(models: Path, pool: RankPool, pl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TP2+SPxDP2, teacher TP2xPP2", "CP2xTP2, teacher CP2xPP2", "EP2xPP2, teacher EP4"])
+@pytest.mark.parametrize("name", ["TP2+SPxDP2, teacher TP2xPP2", "CP2xTP2, teacher CP2xPP2", "EP2xPP2, teacher EP4", "EP2xETP2, teacher TP2xETP2"])
 def test_packs_and_recomputed_layers_send_as_many_messages_as_planned(models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     config = replace(config_of(models, name), training=TrainingConfig(precision="fp32"))
     check_messages(apply_overrides(config, [RECOMPUTED, PACKED]), pool, planner)

@@ -26,6 +26,7 @@ from opd_megatron.config import (
 )
 from recipes.run import all_recipes, find_recipe
 from tests.distributed.test_planning import GIB, PUBLISHED, ROOT, models, planner
+from tools.plan import refuse_what_a_run_would
 
 __all__ = ["models", "planner"]
 
@@ -36,11 +37,12 @@ RECIPES = {name: recipe for name, recipe in all_recipes().items() if recipe.__mo
 def summary(config: RunConfig, gpu_gib: float = 80) -> tuple[str | None, dict[str, Any]]:
     from opd_megatron.planning import as_json, as_text, make_plan, shortfall
 
+    refuse_what_a_run_would(config)
     plan = make_plan(config, PUBLISHED)
     text = as_text(plan, round(gpu_gib * GIB), 8)
-    for word in ("planned, not measured", *(model.layout for model in plan.models), "always there", "messages of one step"):
+    for word in ("planned, not measured", *(model.layout for model in plan.models), "always there", "messages of one step", "payload, all ranks"):
         assert word in text
-    return shortfall(plan, round(gpu_gib * GIB), PUBLISHED), as_json(plan, round(gpu_gib * GIB))
+    return shortfall(plan, round(gpu_gib * GIB), PUBLISHED, refuse_what_a_run_would), as_json(plan, round(gpu_gib * GIB))
 
 
 def timed_summary(config: RunConfig) -> tuple[Any, float]:
@@ -169,6 +171,8 @@ def test_a_teacher_on_ranks_of_its_own_shares_no_rank_with_the_student(planner: 
     assert phases == [{"rollout", "train", "optimizer"}] * 2 + [{"teacher"}] * 2
     # Nothing that is needed is where it was made: one copy of 256 sequences goes to the tensor ranks of the student.
     assert record["payload"]["bytes"] == 256 * 3072 * 4096 * 2
+    # Each of the 2 tensor ranks gets its other half from the other.
+    assert record["payload"]["gathered_bytes"] == record["payload"]["bytes"]
 
 
 def test_one_batch_ahead_the_student_holds_scores_while_it_writes(planner: Callable[..., Any]) -> None:
@@ -225,8 +229,19 @@ def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -
         (("quickstart", "--gpu-memory", "0"), "--gpu-memory 0.0 must be positive"),
         (("quickstart", "--gpu-memory", "nan"), "--gpu-memory nan must be positive"),
         (("quickstart", "--nodes", "1", "--gpus-per-node", "6"), "world_size=6 is not a multiple"),
-        (("quickstart", "student.layout.tensor=4", "student.layout.pipeline=1"), "does not divide the student's 2 key-value heads"),
-        (("quickstart", "teacher.placement=dedicated", "teacher.num_ranks=2"), "student.layout: world_size=2 is not a multiple"),
+        (
+            ("quickstart", "student.layout.tensor=4", "student.layout.pipeline=1"),
+            "does not divide the student's 2 key-value heads; use one of [1, 2]; nearest that work: student.layout.tensor=2, or student.layout.tensor=1",
+        ),
+        (
+            ("quickstart", "teacher.placement=dedicated", "teacher.num_ranks=2"),
+            "student.layout: world_size=2 is not a multiple of tensor*pipeline*context=4; use at least 4 ranks or change the layout; nearest that work: "
+            "student.layout.tensor=1, or student.layout.pipeline=1",
+        ),
+        (("quickstart", "teacher.layout.expert=2"), "a dense qwen3 model without any; use 1; nearest that work: teacher.layout.expert=1"),
+        (("quickstart", "teacher.placement=dedicated", "teacher.num_ranks=4"), "leaves none of world_size=4 ranks to the student; use more ranks in all"),
+        (("qwen3_30b_a3b_from_235b_a22b_256gpu_h100", "student.layout.expert=7"), "nearest that work: student.layout.expert=8"),
+        (("qwen2p5_1p5b_from_14b_4gpu_h200", "teacher.layout.tensor=4"), "or set teacher.self_test=false; nearest that work: teacher.layout.tensor=2"),
         (("quickstart", "student.hf=models/Qwen9-1B"), "student.hf='models/Qwen9-1B' is not on this machine"),
         (("quickstart", "student.hf=null", "student.checkpoint=nowhere"), "student.checkpoint='nowhere' is not on this machine"),
         (("quickstart", "teacher.hf=recipes"), "recipes is not a Hugging Face model folder"),

@@ -30,6 +30,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A mixture of experts as a Hugging Face folder, and as a Megatron checkpoint."""
+    folder = tmp_path_factory.mktemp("mixture")
+    write_tiny_model(folder / "hf", "qwen3_moe", scale=0.3, num_hidden_layers=2)
+    done = _tool("convert_hf_to_megatron", "--hf", folder / "hf", "--out", folder / "checkpoint")
+    assert done.returncode == 0, done.stderr
+    return folder / "hf", folder / "checkpoint"
+
+
 def test_converting_there_and_back_gives_the_same_folder(checkpoint: Path, tmp_path: Path) -> None:
     assert _tool("convert_megatron_to_hf", "--checkpoint", checkpoint, "--out", tmp_path / "hf").returncode == 0
     source, back = (load_file(folder / "model.safetensors") for folder in (ASSETS / "tiny_student", tmp_path / "hf"))
@@ -48,6 +58,18 @@ def test_exporting_in_another_dtype_says_so_in_the_config(checkpoint: Path, tmp_
 @pytest.mark.parametrize(("arguments", "ranks"), [((), 1), (("--tensor", 2, "--pipeline", 2), 4)], ids=["TP1", "TP2xPP2"])
 def test_compare_logits_finds_no_difference(checkpoint: Path, arguments: tuple[object, ...], ranks: int) -> None:
     done = _tool("compare_logits", "--hf", ASSETS / "tiny_student", "--checkpoint", checkpoint, *arguments, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["max_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [(("--expert", 2), 2), (("--expert", 2, "--pipeline", 2), 4), (("--expert", 2, "--expert-tensor", 2, "--tensor", 2), 4)],
+    ids=["EP2", "EP2xPP2", "TP2, EP2xETP2"],
+)
+def test_compare_logits_finds_no_difference_wherever_experts_are(mixture: tuple[Path, Path], arguments: tuple[object, ...], ranks: int) -> None:
+    hf, checkpoint = mixture
+    done = _tool("compare_logits", "--hf", hf, "--checkpoint", checkpoint, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["max_difference"] < 1e-4
 
@@ -74,6 +96,26 @@ def test_evaluate_prints_one_json_object_last(checkpoint: Path, tmp_path: Path) 
     assert records[0]["pass_at_k"] == {"1": records[0]["accuracy"]}
 
 
+def test_evaluate_says_the_same_wherever_experts_are(mixture: tuple[Path, Path], tmp_path: Path) -> None:
+    hf, checkpoint = mixture
+    # The replicas answer 2 and 1 of 3 prompts.
+    rows = [{"prompt": f"Spell this word backward: {word}", "answer": word[::-1]} for word in ("cat", "tree", "soil")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ("--data", tmp_path / "prompts.jsonl", "--max-response-tokens", 8, "grader=exact")
+    runs = [
+        _tool("evaluate", "--hf", hf, *common),
+        _tool("evaluate", "--checkpoint", checkpoint, "--expert", 2, *common, ranks=2),
+        _tool("evaluate", "--hf", hf, "--expert-tensor", 2, *common, ranks=2),
+    ]
+    answers = []
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("right", "wrong"))]
+        assert len(lines) == 3
+        answers.append(lines)
+    assert answers[0] == answers[1] == answers[2]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -85,6 +127,9 @@ def test_evaluate_prints_one_json_object_last(checkpoint: Path, tmp_path: Path) 
         ("evaluate", ("--hf", str(ASSETS / "tiny_student"), "--data", "x.jsonl", "--samples", "0"), "--samples 0 must be at least 1"),
         ("evaluate", ("--hf", str(ASSETS / "tiny_student"), "--data", "x.jsonl", "--temperature", "-1"), "--temperature -1.0 must be 0"),
         ("evaluate", ("--hf", str(ASSETS / "tiny_student"), "--data", "x.jsonl", "--max-response-tokens", "4000"), "exceed the model's 512 positions"),
+        ("evaluate", ("--hf", str(ASSETS / "tiny_student"), "--data", "x.jsonl", "--expert", "0"), "--expert 0 must be at least 1"),
+        ("evaluate", ("--hf", str(ASSETS / "tiny_student"), "--data", "x.jsonl", "--expert", "2"), "does not divide the 1 ranks of a pipeline stage"),
+        ("compare_logits", ("--hf", str(ASSETS / "tiny_student"), "--checkpoint", "{checkpoint}", "--expert-tensor", "2"), "expert*expert_tensor=2 does not"),
         ("report", ("/nowhere",), "/nowhere"),
         ("show_answers", ("/nowhere",), "/nowhere"),
     ],
