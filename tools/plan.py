@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -31,21 +32,22 @@ def main() -> int:
     opd_megatron.silence_known_warnings()
     try:
         config = _config(arguments)
-        if not arguments.gpu_memory > 0:
-            raise ValueError(f"--gpu-memory {arguments.gpu_memory} must be positive, in GiB")
+        if not 0 < arguments.gpu_memory < math.inf:
+            raise ValueError(f"--gpu-memory {arguments.gpu_memory} must be positive and not infinite, in GiB")
         from opd_megatron.planning import as_json, as_text, make_plan, shortfall
 
         refuse_what_a_run_would(config)
         plan = make_plan(config, PUBLISHED)
         gpu_memory_bytes = round(arguments.gpu_memory * 2**30)
+        # Shown before changes that would help are planned too.
+        if arguments.json:
+            print(json.dumps(as_json(plan, gpu_memory_bytes)), flush=True)
+        else:
+            print(as_text(plan, gpu_memory_bytes, arguments.gpus_per_node or GPUS_PER_NODE), flush=True)
         missing = shortfall(plan, gpu_memory_bytes, PUBLISHED, refuse_what_a_run_would)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        print(json.dumps(as_json(plan, gpu_memory_bytes)))
-    else:
-        print(as_text(plan, gpu_memory_bytes, arguments.gpus_per_node or GPUS_PER_NODE))
     if missing is not None:
         print(f"error: {missing}", file=sys.stderr)
         return 2

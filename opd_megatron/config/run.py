@@ -46,6 +46,11 @@ class ParallelLayout:
         """What the length of every sequence must be a multiple of: two chunks for each context rank."""
         return 2 * self.context if self.context > 1 else 1
 
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row of sequences must be a multiple of: under sequence parallelism its chunks are split over the tensor group."""
+        return self.sequence_multiple * (self.tensor if self.sequence else 1)
+
     def data_size(self, world_size: int) -> int:
         """Return how many replicas fit, or say which product does not divide the world."""
         size = self.model_size
@@ -113,7 +118,8 @@ class TeacherConfig:
         named = f"teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}"
         require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: {named}; set the other to null")
         dedicated = self.placement == "dedicated"
-        require(dedicated == (self.num_ranks is not None), f"teacher.num_ranks={self.num_ranks} goes with teacher.placement=dedicated, not {self.placement}")
+        require(not dedicated or self.num_ranks is not None, "teacher.placement=dedicated needs teacher.num_ranks: how many of the job's last ranks it takes")
+        require(dedicated or self.num_ranks is None, f"teacher.num_ranks={self.num_ranks} goes with teacher.placement=dedicated, not {self.placement}")
         require(self.num_ranks is None or self.num_ranks >= 1, f"teacher.num_ranks={self.num_ranks} must be at least 1")
         require(self.staleness in (0, 1), f"teacher.staleness={self.staleness} must be 0 or 1")
         require(dedicated or self.staleness == 0, f"teacher.staleness={self.staleness} needs teacher.placement=dedicated: else nothing runs side by side")
@@ -277,6 +283,12 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        most, limit = 2**22, self.training.micro_batch_tokens
+        require(
+            self.num_sequences <= most,
+            f"data.batch_prompts * rollout.samples_per_prompt = {self.num_sequences} sequences a step are more than {most}; lower one of them",
+        )
+        require(limit is None or limit < 2**31, f"training.micro_batch_tokens={limit} must be below 2**31, or null for no packing")
         require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
         require(abs(self.seed) < 2**63, f"seed={self.seed} must fit into 64 bits")
         if self.training.objective == "opd":
@@ -288,7 +300,7 @@ class RunConfig:
                 self.rollout.temperature > 0 or bool(self.rollout.replay),
                 "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature",
             )
-            limit, multiple = self.training.micro_batch_tokens, self.student.layout.sequence_multiple
+            limit, multiple = self.training.micro_batch_tokens, self.student.layout.row_multiple
             longest = -(-(self.data.max_prompt_tokens + self.rollout.max_response_tokens) // multiple) * multiple
             require(
                 limit is None or longest <= limit,

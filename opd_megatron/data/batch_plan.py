@@ -78,23 +78,26 @@ class TrainingBatches:
 
     def _padded(self, num_tokens: Sequence[int]) -> TrainingPlan:
         shares = [replica_share(len(num_tokens), replica, self.num_replicas) for replica in range(self.num_replicas)]
-        count = self._allowed_count(-(-max(map(len, shares)) // self.micro_batch))
-        starts = range(0, count * self.micro_batch, self.micro_batch)
+        largest = max(map(len, shares))
+        num_rows = min(self.micro_batch, largest)
+        count = self._allowed_count(-(-largest // num_rows))
+        starts = range(0, count * num_rows, num_rows)
         length = padded_length(max(num_tokens), self.layout)
         return TrainingPlan(
-            micro_batches=tuple(tuple(tuple(share[start : start + self.micro_batch]) for start in starts) for share in shares),
+            micro_batches=tuple(tuple(tuple(share[start : start + num_rows]) for start in starts) for share in shares),
             lengths=(length,) * len(num_tokens),
-            num_rows=self.micro_batch,
+            num_rows=num_rows,
             row_length=length,
             packed=False,
         )
 
     def _packed(self, num_tokens: Sequence[int], max_tokens: int) -> TrainingPlan:
-        """Use as few packs as `max_tokens` allows, and fill them evenly."""
-        multiple = self.layout.sequence_multiple
+        """Use few packs, and fill them evenly; a row, padding included, has at most `max_tokens` positions."""
+        multiple, row_multiple = self.layout.sequence_multiple, self.layout.row_multiple
+        max_tokens = max_tokens // row_multiple * row_multiple
         lengths = [-(-count // multiple) * multiple for count in num_tokens]
         if max(lengths) > max_tokens:
-            raise ValueError(f"a sample of {max(num_tokens)} tokens does not fit into a pack of training.micro_batch_tokens={max_tokens}")
+            raise ValueError(f"a sample of {max(num_tokens)} tokens does not fit into a pack of training.micro_batch_tokens={self.max_tokens}")
         count = self._allowed_count(-(-sum(lengths) // (max_tokens * self.num_replicas)))
         packs = balanced_packs(lengths, count * self.num_replicas)
         while max(sum(lengths[index] for index in pack) for pack in packs) > max_tokens:

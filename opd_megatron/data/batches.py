@@ -79,11 +79,11 @@ def pad_samples(samples: Sequence[Sample], *, length: int, num_rows: int | None 
     return _lay_out(samples, [row * length for row in range(len(samples))], (length,) * num_rows, packed=False, device=device)
 
 
-def pack_samples(samples: Sequence[Sample], lengths: Sequence[int], *, row_length: int, device: torch.device) -> TokenBatch:
-    """Return one row of samples one after another, each right-padded to its length, and padding up to `row_length`."""
+def pack_samples(samples: Sequence[Sample], lengths: Sequence[int], *, row_length: int, longest: int, device: torch.device) -> TokenBatch:
+    """Return one row of samples one after another, each right-padded to its length, and padding up to `row_length` in pieces of at most `longest`."""
     starts = list(itertools.accumulate(lengths, initial=0))
     # Padding is cut like text: attention over one long sequence would cost more than over the samples.
-    unused, longest = row_length - starts[-1], max(lengths, default=row_length)
+    unused = row_length - starts[-1]
     padding = [min(longest, unused - start) for start in range(0, unused, longest)]
     return _lay_out(samples, starts[:-1], (*lengths, *padding), packed=True, device=device)
 

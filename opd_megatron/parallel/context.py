@@ -11,14 +11,9 @@ import torch
 from opd_megatron.config import ParallelLayout
 
 
-def length_multiple(layout: ParallelLayout) -> int:
-    """Return what the length of a row must be a multiple of: its chunks are split over the tensor group under sequence parallelism."""
-    return layout.sequence_multiple * (layout.tensor if layout.sequence else 1)
-
-
 def padded_length(longest: int, layout: ParallelLayout) -> int:
     """Return `longest` rounded up to what the layout can split."""
-    multiple = length_multiple(layout)
+    multiple = layout.row_multiple
     return -(-longest // multiple) * multiple
 
 

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 # Long enough for rank 0 to write a large export while the others wait; a dead peer is noticed by its closed connection.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+# A rank that hangs is found by its own model's ranks; a teacher that waits for the student is no sign of one.
+_WAITING_TIMEOUT = datetime.timedelta(days=2)
 
 
 def rank_environment() -> tuple[int, int, int]:
@@ -95,10 +97,12 @@ def worlds(num_teacher_ranks: int) -> Iterator[Bridge]:
     if num_teacher_ranks == 0:
         yield Bridge(group=everyone, rank=rank, student_ranks=range(size), teacher_ranks=range(size))
         return
+    # The teacher waits here while the student writes, trains and is evaluated.
+    across = dist.new_group(list(range(size)), timeout=_WAITING_TIMEOUT)
     groups = [dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT) for ranks in (range(num_student), range(num_student, size))]
     distributed_c10d._update_default_pg(groups[rank >= num_student])
     try:
-        yield Bridge(group=everyone, rank=rank, student_ranks=range(num_student), teacher_ranks=range(num_student, size))
+        yield Bridge(group=across, rank=rank, student_ranks=range(num_student), teacher_ranks=range(num_student, size))
     finally:
         distributed_c10d._update_default_pg(everyone)
 

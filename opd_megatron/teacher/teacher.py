@@ -15,7 +15,7 @@ from opd_megatron.models.weights import WeightSource, load_head_slice
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
-from opd_megatron.teacher.routing import Router
+from opd_megatron.teacher.routing import Route, Router
 from opd_megatron.teacher.scorer import Scorer
 
 
@@ -64,7 +64,7 @@ class Teacher:
         self.gathered_bytes = 0
         self._router = router
         self._student_groups = student_groups
-        self._asked: Rollouts | None = None
+        self._asked: tuple[Rollouts, Route] | None = None
         self.head_WG: torch.Tensor | None = None
         with shared_errors():
             if student_groups.is_last_stage:
@@ -73,15 +73,15 @@ class Teacher:
     def ask(self, rollouts: Rollouts) -> None:
         """Have these samples scored. A teacher on ranks of its own begins now; one batch at a time."""
         assert self._asked is None, "the last batch was not fetched"
-        self._asked = rollouts
+        # What cannot be routed is refused here, on ranks that can say why.
+        self._asked = rollouts, self._router.route(rollouts)
         if self.scorer is None:
             self._router.bridge.tell_teacher(Score(rollouts=rollouts))
 
     def fetch(self) -> TeacherRows | None:
         """Return the hidden states of the batch asked for, at the scored positions of this rank's student replica; None before the last stage."""
-        rollouts, self._asked = self._asked, None
-        assert rollouts is not None, "nothing was asked for"
-        route = self._router.route(rollouts)
+        assert self._asked is not None, "nothing was asked for"
+        (rollouts, route), self._asked = self._asked, None
         self.payload_bytes = route.plan.sent_rows() * self._router.row_bytes
         self.gathered_bytes = route.plan.gathered_rows() * self._router.row_bytes
         rows = self.scorer.hidden_rows(rollouts) if self.scorer is not None else {}

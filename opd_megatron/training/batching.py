@@ -39,7 +39,8 @@ class MicroBatches:
         for chosen in plan.micro_batches[self.groups.data_rank]:
             samples = [self.rollouts.samples[index] for index in chosen]
             if plan.packed:
-                batch = pack_samples(samples, [plan.lengths[index] for index in chosen], row_length=plan.row_length, device=self.device)
+                lengths = [plan.lengths[index] for index in chosen]
+                batch = pack_samples(samples, lengths, row_length=plan.row_length, longest=max(plan.lengths), device=self.device)
             else:
                 batch = pad_samples(samples, length=plan.row_length, num_rows=plan.num_rows, device=self.device)
             batch = batch.context_window(size=self.groups.layout.context, rank=context)

@@ -56,12 +56,18 @@ class Replayed:
 
     run: Path
     num_sequences: int
+    vocab_size: int
 
     def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
         with shared_errors():
             rollouts = replay_rollouts(RunDirectory(self.run).rollout_file(step))
             if len(rollouts.samples) != self.num_sequences:
                 raise ValueError(f"{self.run} recorded {len(rollouts.samples)} samples for step {step}, this run takes {self.num_sequences}")
+            largest = max(int(torch.cat([sample.prompt_ids, sample.response_ids]).max()) for sample in rollouts.samples)
+            if largest >= self.vocab_size:
+                raise ValueError(
+                    f"{self.run} recorded token {largest} in step {step}, and the vocabulary has {self.vocab_size}; replay a run with this tokenizer"
+                )
         return rollouts
 
 
@@ -82,7 +88,7 @@ def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: Mode
     if config.training.objective == "sft":
         return ReferenceAnswers(tokenizer=tokenizer)
     if rollout.replay:
-        return Replayed(run=Path(rollout.replay), num_sequences=config.num_sequences)
+        return Replayed(run=Path(rollout.replay), num_sequences=config.num_sequences, vocab_size=sampler.vocab_size)
     return OnPolicy(
         sampler=sampler,
         groups=groups,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -73,6 +74,26 @@ def test_a_damaged_batch_that_was_waiting_is_refused(models: Path, pool: RankPoo
     file = tmp_path / "run" / "checkpoints" / "step_1" / "written_ahead.jsonl"
     file.write_text(file.read_text()[:100])
     with pytest.raises(AssertionError, match=r"step_1 is damaged: .*written_ahead.jsonl:1 is not a recorded rollout.*move .*step_1 away"):
+        pool.run(_job, config, tmp_path / "run", world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [([1] * 200, r"a sample of \d+ tokens does not fit into a pack of training.micro_batch_tokens=80"), ([10**6], r"recorded token 1000000 in step 1")],
+    ids=["too long", "unknown token"],
+)
+def test_a_record_that_does_not_fit_is_named_by_the_students_ranks(
+    models: Path, recorded: Path, pool: RankPool, tmp_path: Path, response: list[int], message: str
+) -> None:
+    """The teacher alone would have noticed, and nobody hears what its ranks say."""
+    record = shutil.copytree(recorded, tmp_path / "record") / "rollouts" / "step_1.jsonl"
+    first, *rest = record.read_text().splitlines()
+    changed = {**json.loads(first), "response_ids": response, "sampled_logp": [-1.0] * len(response)}
+    record.write_text("\n".join([json.dumps(changed), *rest]) + "\n")
+    config = _with_teacher(_config(models), own=1)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=1, micro_batch_tokens=80))
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, replay=str(tmp_path / "record")))
+    with pytest.raises(AssertionError, match=message):
         pool.run(_job, config, tmp_path / "run", world_size=2)
 
 

@@ -178,6 +178,25 @@ def test_packs_are_few_and_evenly_filled(num_tokens: list[int], num_replicas: in
     assert num_packs < 2 * (sum(num_tokens) / 100 + num_replicas)
 
 
+def test_a_pack_without_samples_is_cut_like_the_others() -> None:
+    batch = pack_samples([], [], row_length=20, longest=8, device=torch.device("cpu"))
+    assert batch.sequences == (8, 8, 4)
+    assert batch.scored_T.numel() == 0
+
+
+def test_padding_counts_in_the_limit_of_a_pack() -> None:
+    layout = ParallelLayout(tensor=4, sequence=True)
+    plan = TrainingBatches(layout=layout, num_replicas=1, micro_batch=1, max_tokens=77).plan([30, 30, 16])
+    assert plan.row_length == 76
+    with pytest.raises(ValueError, match=r"a sample of 77 tokens does not fit"):
+        TrainingBatches(layout=layout, num_replicas=1, micro_batch=1, max_tokens=79).plan([77])
+
+
+def test_no_row_is_computed_that_no_replica_has_a_sample_for() -> None:
+    plan = TrainingBatches(layout=ParallelLayout(), num_replicas=4, micro_batch=10_000_000_000, max_tokens=None).plan([8] * 13)
+    assert (plan.num_rows, len(plan.micro_batches[0])) == (4, 1)
+
+
 def test_equal_work_for_two_packs_of_many_lengths() -> None:
     packs = balanced_packs([10, 9, 8, 7, 6, 5, 4, 3, 2, 1], 2)
     assert [sum(10 - index for index in pack) for pack in packs] == [28, 27]
@@ -204,7 +223,7 @@ def test_a_pack_holds_its_texts_and_every_context_rank_its_part(lengths: list[tu
     layout = ParallelLayout(context=size)
     padded_lengths = [padded_length(prompt + response, layout) for prompt, response in lengths]
     row_length = padded_length(sum(padded_lengths) + surplus, layout)
-    whole = pack_samples(texts, padded_lengths, row_length=row_length, device=torch.device("cpu"))
+    whole = pack_samples(texts, padded_lengths, row_length=row_length, longest=max(padded_lengths), device=torch.device("cpu"))
     assert whole.tokens_BS.shape == (1, row_length)
     assert sum(whole.sequences) == row_length
     assert whole.sequences[: len(texts)] == tuple(padded_lengths)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from opd_megatron.config import ParallelLayout, RunConfig, apply_overrides, name_changes, nearest_layouts
 from opd_megatron.models.architecture import Architecture
-from opd_megatron.parallel.context import context_rank, length_multiple, padded_length
+from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.training.layouts import check_layouts
 from opd_megatron.training.preflight import check_run
 from recipes.quickstart import quickstart
@@ -158,7 +158,7 @@ def test_no_context_size_fails_to_divide_a_padded_length(longest: int, context: 
     """Lengths are padded to what the layout splits, so that is never refused: context ranks hold equally much, and under sequence parallelism tensor ranks."""
     layout = ParallelLayout(context=context, tensor=tensor, sequence=tensor > 1)
     length = padded_length(longest, layout)
-    assert longest <= length < longest + length_multiple(layout)
+    assert longest <= length < longest + layout.row_multiple
     counts = torch.bincount(context_rank(torch.arange(length), length, context), minlength=context).tolist()
     assert len(set(counts)) == 1
     assert counts[0] % tensor == 0
