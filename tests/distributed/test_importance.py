@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] =
     "one rank, small micro-batches": ({}, {}, {"micro_batch": 1}, 1),
     "TP2+SP": ({"tensor": 2, "sequence": True}, {}, {}, 2),
     "PP2xVPP2": ({"pipeline": 2, "virtual": 2}, {}, {}, 2),
-    "CP2, packed": ({"context": 2}, {}, {"micro_batch": 1, "micro_batch_tokens": 76}, 2),
+    "CP2, packed": ({"context": 2}, {}, {"micro_batch": 1, "micro_batch_tokens": 80}, 2),
     "DP4": ({}, {"tensor": 2}, {}, 4),
 }
 
