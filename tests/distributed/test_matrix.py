@@ -1,6 +1,6 @@
 """Every layout of a student beside every layout of a teacher, dense and with experts: one step, against one process.
 
-Slow: 63 pairs. A selection of pairs over three steps is in test_training.py and test_experts.py. Not covered: more than 5 ranks.
+Slow: 63 pairs. A selection of pairs over three steps is in test_training.py and test_experts.py. Three pairs have eight ranks, the others 5 at most.
 """
 
 from __future__ import annotations
@@ -50,6 +50,14 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool(5)
     yield ranks
     ranks.close()
+
+
+# On eight ranks.
+LARGE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "TP2xPP2xDP2, teacher TP4xDP2": ({"tensor": 2, "pipeline": 2}, {"tensor": 4}),
+    "TP2xCP2xPP2+SP, teacher TP2xPP2xDP2": ({"tensor": 2, "context": 2, "pipeline": 2, "sequence": True}, {"tensor": 2, "pipeline": 2}),
+    "PP2xVPP2xEP4, teacher EP8": ({"pipeline": 2, "virtual": 2, "expert": 4}, {"expert": 8}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +111,32 @@ def references(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFa
 def test_every_pair_of_layouts_takes_the_step_of_one_process(
     models: Path, references: Path, pool: RankPool, tmp_path: Path, student: str, teacher: str
 ) -> None:
-    """1e-5: fp32 sums in another order."""
     ours, theirs = STUDENTS[student], TEACHERS[teacher]
     own = 1 if teacher == "a rank of its own" else None
     student_ranks = {"TP1": 1, "TP2xPP2": 4}.get(student, 2)
     world_size = student_ranks + own if own else max(student_ranks, ParallelLayout(**theirs).model_size, theirs.get("expert", 1))
     reference = references / f"{_kind(ours)} {_kind(theirs)}"
     pool.run(_job, _config(models, ours, theirs, own=own, replay=str(reference)), tmp_path / "run", world_size=world_size)
-    metrics, expected = (json.loads((run / "metrics.jsonl").read_text()) for run in (tmp_path / "run", reference))
+    _assert_same_step(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_eight_ranks_take_the_step_of_one_process(models: Path, references: Path, tmp_path: Path, name: str) -> None:
+    ours, theirs = LARGE[name]
+    reference = references / f"{_kind(ours)} {_kind(theirs)}"
+    ranks = RankPool(8)
+    try:
+        ranks.run(_job, _config(models, ours, theirs, replay=str(reference)), tmp_path / "run", world_size=8)
+    finally:
+        ranks.close()
+    _assert_same_step(tmp_path / "run", reference)
+
+
+def _assert_same_step(run: Path, reference: Path) -> None:
+    """1e-5: fp32 sums in another order."""
+    metrics, expected = (json.loads((folder / "metrics.jsonl").read_text()) for folder in (run, reference))
     for key in ("loss", "divergence", "grad_norm"):
         assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
-    weights, exact = (load_file(run / "hf" / "model.safetensors") for run in (tmp_path / "run", reference))
+    weights, exact = (load_file(folder / "hf" / "model.safetensors") for folder in (run, reference))
     difference = torch.stack([(weights[name] - exact[name]).norm() for name in exact]).norm() / torch.stack([tensor.norm() for tensor in exact.values()]).norm()
     assert difference < 1e-5
