@@ -1,19 +1,11 @@
 """What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
 
+from opd_megatron.config.data import DataConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
+from opd_megatron.config.models import ParallelLayout, StudentConfig, TeacherConfig
 from opd_megatron.config.nearest import name_changes, nearest_layouts
 from opd_megatron.config.overrides import all_keys, apply_overrides
-from opd_megatron.config.run import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    ParallelLayout,
-    RolloutConfig,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainingConfig,
-)
+from opd_megatron.config.run import CheckpointConfig, EvaluationConfig, RolloutConfig, RunConfig, TrainingConfig
 
 __all__ = [
     "CheckpointConfig",

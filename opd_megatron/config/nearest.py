@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from opd_megatron.config.run import ParallelLayout
+from opd_megatron.config.models import ParallelLayout
 
 _AXES = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual")
 _MOST_CHANGES = 3

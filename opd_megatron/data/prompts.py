@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jinja2
 
-from opd_megatron.config.run import DataConfig
+from opd_megatron.config import DataConfig
 from opd_megatron.data.rows import Row
 from opd_megatron.data.sources import read_rows
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from opd_megatron.config.run import DataConfig
+from opd_megatron.config import DataConfig
 from opd_megatron.data.rows import Row, plain_row
 
 PREFIX = "reasoning_gym:"

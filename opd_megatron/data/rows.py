@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opd_megatron.config.run import DataConfig
+from opd_megatron.config import DataConfig
 
 MESSAGES_KEY = "messages"
 RESPONSE_KEY = "response"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.config.run import DataConfig
+from opd_megatron.config import DataConfig
 from opd_megatron.data.reasoning_tasks import is_reasoning_task, read_reasoning_task
 from opd_megatron.data.rows import Row, row_from_record
 

@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 
-from opd_megatron.config.run import DataConfig
+from opd_megatron.config import DataConfig
 from opd_megatron.data.prompts import Prompt
 from opd_megatron.data.reasoning_tasks import is_reasoning_task, open_reasoning_task
 
