@@ -27,10 +27,10 @@ quickstart: setup
 	$(RUN) -m recipes.run quickstart --nproc-per-node 4 --run-dir $(QUICKSTART_DIR) $(QUICKSTART_OPTIONS)
 	$(RUN) tools/show_answers.py $(QUICKSTART_DIR)
 
-# Remake the two models that the quickstart starts from: recipes/assets/tiny_teacher and tiny_student.
+# Remake the models that the CPU recipes start from: recipes/assets/tiny_*.
 models: setup
 	$(RUN) tools/make_tiny_models.py --out runs/tiny
-	for name in tiny_teacher tiny_student; do \
+	for name in tiny_teacher tiny_student tiny_reader; do \
 	  $(RUN) -m recipes.run $$name --nproc-per-node 2 --run-dir runs/$$name && \
 	  rm -rf recipes/assets/$$name && cp -r runs/$$name/hf recipes/assets/$$name || exit; \
 	done

@@ -52,6 +52,12 @@ def tiny_student() -> RunConfig:
     return _supervised("runs/tiny/student", steps=200, data=_spelling(128, longest_word=5))
 
 
+def tiny_reader() -> RunConfig:
+    """Make the student that teaches itself (`opsd`): a warm-up on words of 3 to 5 letters, and on words of 3 to 7 with the solution in the prompt."""
+    data = DataConfig(prompts="runs/tiny/warm_up.jsonl", batch_prompts=128, max_prompt_tokens=64, grader="exact")
+    return _supervised("runs/tiny/student", steps=400, data=data)
+
+
 def quickstart() -> RunConfig:
     """Distil the tiny teacher into the tiny student on its own rollouts: 4 ranks, student TP2 x PP2, teacher TP1 x DP4."""
     return RunConfig(

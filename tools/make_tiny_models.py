@@ -1,14 +1,16 @@
-"""Write two untrained Hugging Face folders, a teacher and a smaller student of the Qwen3 architecture, for the CPU recipes.
+"""Write what the CPU recipes' models are made from: two untrained Hugging Face folders, a teacher and a smaller student of the Qwen3 architecture, and
+the warm-up of a student that can teach itself.
 
     python tools/make_tiny_models.py --out runs/tiny
 
 The tokenizer is byte level without merges, so any text round-trips; the fixed words of the demonstration task are single tokens,
-which keeps its prompts at about 14 tokens. `make models` trains both (recipes tiny_teacher and tiny_student).
+which keeps its prompts at about 14 tokens. `make models` trains all (recipes tiny_teacher, tiny_student and tiny_reader).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from opd_megatron.config import DataConfig
+from opd_megatron.data.sources import read_rows
+from opd_megatron.data.templates import PromptTemplate
+
+SOLUTION_SHOWN = Path(__file__).parents[1] / "recipes" / "prompts" / "spelling_with_solution.jinja"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PHRASES = ("Spell this word backward (example: sun -> nus): ", "user\n", "assistant\n")
 CHAT_TEMPLATE = (
@@ -62,14 +69,32 @@ def write_model(out: Path, role: str, tokenizer: PreTrainedTokenizerFast, seed: 
     print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
 
 
+def write_warm_up(file: Path) -> None:
+    """Write problems of the demonstration task: half of them short words as they are, half of them any words together with their solution.
+
+    A model that learns them spells short words by itself, and any word that it is shown the solution of: it has something to tell itself.
+    """
+    template = PromptTemplate(str(SOLUTION_SHOWN), "template", ("problem", "solution", "answer"))
+    short, any_length = (
+        list(read_rows(DataConfig(prompts="reasoning_gym:spell_backward", task_size=10_000, task_options={"min_word_len": 3, "max_word_len": longest})))
+        for longest in (5, 7)
+    )
+    with file.open("w", encoding="utf-8") as out:
+        for plain, shown in zip(short, any_length, strict=True):
+            values = {"problem": shown.messages[-1]["content"], "solution": shown.solution, "answer": shown.answer}
+            for prompt, answer in ((plain.messages[-1]["content"], plain.answer), (template.render(values, shown.where), shown.answer)):
+                out.write(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write two untrained tiny Qwen3 models with one tokenizer.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for teacher/ and student/")
+    parser = argparse.ArgumentParser(description="Write two untrained tiny Qwen3 models with one tokenizer, and the data of a third one's warm-up.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for teacher/, student/ and warm_up.jsonl")
     parser.add_argument("--seed", type=int, default=1234)
     arguments = parser.parse_args()
     tokenizer = tiny_tokenizer()
     for role in SIZES:
         write_model(arguments.out / role, role, tokenizer, arguments.seed)
+    write_warm_up(arguments.out / "warm_up.jsonl")
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def refuse_what_a_run_would(config: RunConfig) -> None:
     from opd_megatron.training.layouts import check_layouts
 
     student = find_model("student", config.student, PUBLISHED).architecture
-    distills = config.teacher is not None and config.training.objective == "opd"
-    teacher = find_model("teacher", config.teacher, PUBLISHED).architecture if config.teacher is not None and distills else None
+    settings = config.teacher_source
+    teacher = find_model("teacher", settings, PUBLISHED).architecture if settings is not None else None
     check_layouts(config, config.world_size, student, teacher)
 
 

@@ -1,6 +1,6 @@
 """What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
 
-from opd_megatron.config.data import DataConfig
+from opd_megatron.config.data import DataConfig, PrivilegedConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 from opd_megatron.config.models import ParallelLayout, StudentConfig, TeacherConfig
 from opd_megatron.config.nearest import name_changes, nearest_layouts
@@ -15,6 +15,7 @@ __all__ = [
     "LossConfig",
     "ParallelLayout",
     "PositionWeightsConfig",
+    "PrivilegedConfig",
     "RolloutConfig",
     "RunConfig",
     "StudentConfig",

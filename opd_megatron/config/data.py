@@ -17,6 +17,10 @@ class DataConfig:
     split: str = "train"
     prompt_key: str = "prompt"
     answer_key: str = "answer"
+    # Where a row has its worked solution, which only a privileged teacher reads.
+    solution_key: str = "solution"
+    # A Jinja file that writes the last user message: `problem` is that message in the data. Null leaves it as it is.
+    prompt_template: str | None = None
     task_options: Mapping[str, Any] = field(default_factory=dict)
     task_size: int = 20_000
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -32,3 +36,24 @@ class DataConfig:
         require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
         require(self.task_size >= 1, f"data.task_size={self.task_size} must be at least 1")
         require(0 <= self.holdout_fraction < 1, f"data.holdout_fraction={self.holdout_fraction} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivilegedConfig:
+    """What the teacher reads in place of the student's prompt: OPSD (arXiv 2601.18734) shows it the reference solution."""
+
+    # A Jinja file that writes the last user message of `problem`, `solution` and `answer`. Null: the teacher reads what the student reads.
+    template: str | None = None
+    # Options of the chat template for the teacher alone, over `data.chat_template_kwargs`.
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # Where the response begins. student: as the student's prompt ends, before, in or after a block of thinking; template: as the teacher's own template has it.
+    thinking: Literal["student", "template"] = "student"
+    # Longer ones are dropped with their problem; null: what the response leaves of the teacher's positions.
+    max_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.max_prompt_tokens
+        require(self.template != "", "privileged.template is empty; name a Jinja file, or null for a teacher that reads what the student reads")
+        require(limit is None or limit >= 1, f"privileged.max_prompt_tokens={limit} must be at least 1, or null for what the teacher's positions leave")
+        for name, value in (("chat_template_kwargs", dict(self.chat_template_kwargs)), ("max_prompt_tokens", limit)):
+            require(not value or self.template is not None, f"privileged.{name}={value} needs privileged.template")

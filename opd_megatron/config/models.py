@@ -94,10 +94,14 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The frozen model that scores. Its layout is its own."""
+    """The model that scores: frozen, or the student itself, which may read more than the student does (`privileged`). Its layout is its own."""
 
     hf: str | None = None
     checkpoint: str | None = None
+    # external: those of `hf` or `checkpoint`. Else the student's: initial, as before step 1; ema, their average over the steps; live, as they are now.
+    weights: Literal["external", "initial", "ema", "live"] = "external"
+    # weights=ema: the share of the average that an update leaves as it was.
+    ema_decay: float = 0.999
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     # colocated: on the student's ranks. offloaded: there too, its weights in pinned host memory while the student writes and trains.
     # dedicated: on the last `num_ranks` ranks of the job, which hold nothing of the student.
@@ -113,7 +117,15 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         require(self.micro_batch >= 1, f"teacher.micro_batch={self.micro_batch} must be at least 1")
         named = f"teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}"
-        require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: {named}; set the other to null")
+        if self.is_student:
+            require(not self.hf and not self.checkpoint, f"teacher.weights={self.weights} are the student's own: {named} would not be read; set it to null")
+        else:
+            require(bool(self.hf) != bool(self.checkpoint), f"name the teacher once: {named}; set the other to null")
+        require(0 <= self.ema_decay < 1, f"teacher.ema_decay={self.ema_decay} must be in [0, 1)")
+        require(
+            not self.moves or self.staleness == 0,
+            f"teacher.staleness={self.staleness} does not go with teacher.weights={self.weights}: the weights of the last batch are gone; set it to 0",
+        )
         dedicated = self.placement == "dedicated"
         require(not dedicated or self.num_ranks is not None, "teacher.placement=dedicated needs teacher.num_ranks: how many of the job's last ranks it takes")
         require(dedicated or self.num_ranks is None, f"teacher.num_ranks={self.num_ranks} goes with teacher.placement=dedicated, not {self.placement}")
@@ -122,3 +134,13 @@ class TeacherConfig:
         require(dedicated or self.staleness == 0, f"teacher.staleness={self.staleness} needs teacher.placement=dedicated: else nothing runs side by side")
         require(self.layout.virtual == 1, f"teacher.layout.virtual={self.layout.virtual} is of no use: it shortens the bubbles of a backward; set it to 1")
         require(not self.layout.sequence, "teacher.layout.sequence=true is not supported: the teacher keeps no activations, so nothing is saved")
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the weights are the student's own."""
+        return self.weights != "external"
+
+    @property
+    def moves(self) -> bool:
+        """Whether the weights change with the student's."""
+        return self.weights in ("ema", "live")

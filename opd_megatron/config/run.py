@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from opd_megatron.config.checks import require
-from opd_megatron.config.data import DataConfig
+from opd_megatron.config.data import DataConfig, PrivilegedConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 from opd_megatron.config.models import StudentConfig, TeacherConfig
 
@@ -134,6 +134,7 @@ class RunConfig:
     student: StudentConfig
     teacher: TeacherConfig | None = None
     data: DataConfig
+    privileged: PrivilegedConfig = field(default_factory=PrivilegedConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
@@ -154,7 +155,7 @@ class RunConfig:
         if self.training.objective == "opd":
             require(
                 self.teacher is not None,
-                "training.objective=opd needs a teacher; set teacher.hf or teacher.checkpoint, or use training.objective=sft",
+                "training.objective=opd needs a teacher; set teacher.hf, teacher.checkpoint or teacher.weights, or use training.objective=sft",
             )
             require(
                 self.rollout.temperature > 0 or bool(self.rollout.replay),
@@ -170,6 +171,7 @@ class RunConfig:
 
         else:
             for key, chosen, plain in (
+                ("privileged.template", self.privileged.template, None),
                 ("importance.rule", self.importance.rule, "all"),
                 ("position_weights.enabled", self.position_weights.enabled, False),
                 ("loss.reduction", self.loss.reduction, "auto"),
@@ -187,6 +189,17 @@ class RunConfig:
         return "sequence" if self.position_weights.enabled else "token"
 
     @property
+    def scoring_teacher(self) -> TeacherConfig | None:
+        """The teacher, where the objective has one; supervised fine-tuning may name the teacher of the run that follows."""
+        return self.teacher if self.training.objective == "opd" else None
+
+    @property
+    def teacher_source(self) -> StudentConfig | TeacherConfig | None:
+        """The teacher's layout, and the folder of the weights that it begins with: the student's, where it is the student itself."""
+        teacher = self.scoring_teacher
+        return replace(self.student, layout=teacher.layout) if teacher is not None and teacher.is_student else teacher
+
+    @property
     def num_sequences(self) -> int:
         """Sequences of one optimizer step."""
         return self.data.batch_prompts * (self.rollout.samples_per_prompt if self.training.objective == "opd" else 1)
@@ -194,7 +207,7 @@ class RunConfig:
     @property
     def num_teacher_ranks(self) -> int:
         """Ranks that hold the teacher and nothing of the student."""
-        return (self.teacher.num_ranks or 0) if self.teacher is not None and self.training.objective == "opd" else 0
+        return (self.scoring_teacher.num_ranks or 0) if self.scoring_teacher is not None else 0
 
     def check_world(self, world_size: int) -> None:
         """Raise ValueError unless both layouts fit `world_size` ranks."""

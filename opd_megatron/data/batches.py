@@ -16,7 +16,10 @@ from opd_megatron.parallel.context import context_rank
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with one response. `sampled_logp` is the writer's log-probability of every response token, None for given text."""
+    """One prompt with one response. `sampled_logp` is the writer's log-probability of every response token, None for given text.
+
+    A privileged teacher reads `teacher_prompt_ids` in place of the prompt; the response is the same.
+    """
 
     prompt_index: int
     sample_index: int
@@ -24,6 +27,11 @@ class Sample:
     response_ids: torch.Tensor
     sampled_logp: torch.Tensor | None
     finished: bool
+    teacher_prompt_ids: torch.Tensor | None = None
+
+    def as_teacher_reads(self) -> Sample:
+        """Return the sample with the teacher's prompt."""
+        return self if self.teacher_prompt_ids is None else replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=None)
 
     @property
     def num_tokens(self) -> int:

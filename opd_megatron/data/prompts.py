@@ -5,28 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any, Literal
 
-import jinja2
-
-from opd_megatron.config import DataConfig
+from opd_megatron.config import DataConfig, PrivilegedConfig
 from opd_megatron.data.rows import Row
 from opd_megatron.data.sources import read_rows
+from opd_megatron.data.templates import PromptText, ReadText
 
 Part = Literal["train", "evaluation", "all"]
 
 _ROWS_AT_ONCE = 512
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-_RESERVED_TEMPLATE_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt, tokenized. `index` is its position in its source: the stable id in seeds and records."""
+    """One prompt, tokenized. `index` is its position in its source: the stable id in seeds and records; `teacher_ids` are what a privileged teacher reads."""
 
     index: int
     messages: tuple[dict[str, str], ...]
@@ -34,27 +32,36 @@ class Prompt:
     answer: str | None
     target: str | None
     entry: Any = None
+    teacher_ids: tuple[int, ...] | None = None
+    # What the template of a privileged teacher was given.
+    solution: str | None = None
+
+    def as_teacher_reads(self) -> Prompt:
+        """Return the prompt with the teacher's tokens."""
+        return self if self.teacher_ids is None else replace(self, ids=self.teacher_ids, teacher_ids=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """A fixed, ordered list of prompts."""
+    """A fixed, ordered list of prompts, and how many were dropped: too long themselves, or with a privileged prompt that leaves no room for a response."""
 
     prompts: list[Prompt]
     num_dropped_long: int = 0
+    num_dropped_privileged: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a short hash of indices, messages, answers and targets, by which a resumed run notices replaced data.
+        """Return a short hash of indices, messages, answers, targets and solutions that a teacher reads, by which a resumed run notices replaced data.
 
         Token ids stay out: some chat templates print today's date, and a run may resume tomorrow.
         """
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(_canonical_json([prompt.index, prompt.messages, prompt.answer, prompt.target]) + b"\n")
+            read = [prompt.index, prompt.messages, prompt.answer, prompt.target]
+            digest.update(_canonical_json([*read, prompt.solution] if prompt.teacher_ids is not None else read) + b"\n")
         return digest.hexdigest()[:16]
 
     def batch(self, step: int, size: int, seed: int) -> list[Prompt]:
@@ -86,31 +93,44 @@ class _Counts:
     other_part: int = 0
     duplicates: int = 0
     too_long: int = 0
+    no_room: int = 0
 
 
-def load_prompts(data: DataConfig, tokenizer: Any, *, part: Part, limit: int | None = None) -> PromptSet:
+def load_prompts(
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    part: Part,
+    limit: int | None = None,
+    privileged: PrivilegedConfig | None = None,
+    max_teacher_tokens: int | None = None,
+) -> PromptSet:
     """Return the prompts of one part of `data.prompts`, the first `limit` that qualify.
 
     `train` and `evaluation` are told apart by a hash of the prompt's messages against `data.holdout_fraction`, so they share
     no prompt even if the source repeats one; `all` does not split. `evaluation` holds each distinct prompt once. Prompts of more than
-    `data.max_prompt_tokens` tokens are dropped. A tokenizer without a chat template takes prompts that are bare strings, as they are and
-    with its own special tokens, and refuses message lists. ValueError if the source is unusable or nothing is left.
+    `data.max_prompt_tokens` tokens are dropped, and those whose teacher would read more than `max_teacher_tokens`.
+    ValueError if the source is unusable, a row lacks what a template mentions, or nothing is left.
     """
-    _check_template_kwargs(data.chat_template_kwargs)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} prompts must be at least 1")
     counts = _Counts()
     prompts: list[Prompt] = []
-    for row, ids in _tokenized(_rows_of_part(read_rows(data), part, data.holdout_fraction, counts), tokenizer, data.chat_template_kwargs):
+    text = PromptText(data, tokenizer, privileged or PrivilegedConfig())
+    for row, read, ids, teacher_ids in _tokenized(_rows_of_part(read_rows(data), part, data.holdout_fraction, counts), text, tokenizer):
         if len(ids) > data.max_prompt_tokens:
             counts.too_long += 1
             continue
-        prompts.append(Prompt(index=row.index, messages=row.messages, ids=ids, answer=row.answer, target=row.target, entry=row.entry))
+        if teacher_ids is not None and max_teacher_tokens is not None and len(teacher_ids) > max_teacher_tokens:
+            counts.no_room += 1
+            continue
+        known = {"answer": row.answer, "target": row.target, "solution": row.solution, "entry": row.entry}
+        prompts.append(Prompt(index=row.index, messages=read.messages, ids=ids, teacher_ids=teacher_ids, **known))
         if len(prompts) == limit:
             break
     if not prompts:
-        raise ValueError(_nothing_left(data, part, counts))
-    return PromptSet(prompts=prompts, num_dropped_long=counts.too_long)
+        raise ValueError(_nothing_left(data, part, counts, max_teacher_tokens))
+    return PromptSet(prompts=prompts, num_dropped_long=counts.too_long, num_dropped_privileged=counts.no_room)
 
 
 def with_targets(prompts: PromptSet, tokenizer: Any, *, max_tokens: int) -> PromptSet:
@@ -124,7 +144,7 @@ def with_targets(prompts: PromptSet, tokenizer: Any, *, max_tokens: int) -> Prom
             f"all {len(prompts)} prompts with their targets are longer than {max_tokens} tokens, which is what the student or "
             "training.micro_batch_tokens takes; shorten the data"
         )
-    return PromptSet(prompts=kept, num_dropped_long=prompts.num_dropped_long + len(prompts) - len(kept))
+    return replace(prompts, prompts=kept, num_dropped_long=prompts.num_dropped_long + len(prompts) - len(kept))
 
 
 def response_ids(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
@@ -148,12 +168,6 @@ def _target(prompt: Prompt) -> str:
     return prompt.target
 
 
-def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
-    reserved = sorted(set(kwargs) & set(_RESERVED_TEMPLATE_KWARGS))
-    if reserved:
-        raise ValueError(f"data.chat_template_kwargs must not set {', '.join(reserved)}: prompts are always rendered up to the generation prompt; remove it")
-
-
 def _rows_of_part(rows: Iterable[Row], part: Part, holdout_fraction: float, counts: _Counts) -> Iterator[Row]:
     seen: set[bytes] = set()
     for row in rows:
@@ -169,39 +183,29 @@ def _rows_of_part(rows: Iterable[Row], part: Part, holdout_fraction: float, coun
             yield row
 
 
-def _tokenized(rows: Iterator[Row], tokenizer: Any, template_kwargs: Mapping[str, Any]) -> Iterator[tuple[Row, tuple[int, ...]]]:
-    """Yield each row with its token ids; encoded many at once, which a fast tokenizer does in parallel."""
-    has_template = tokenizer.chat_template is not None
+def _tokenized(rows: Iterator[Row], text: PromptText, tokenizer: Any) -> Iterator[tuple[Row, ReadText, tuple[int, ...], tuple[int, ...] | None]]:
+    """Yield each row with its texts, and the token ids of the student's and the teacher's; encoded many at once, which a fast tokenizer does in parallel."""
     while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-        texts = [_rendered(row, tokenizer, template_kwargs) if has_template else _plain_text(row) for row in chunk]
-        # A chat template writes its special tokens itself.
-        encoded = tokenizer(texts, add_special_tokens=not has_template)["input_ids"]
-        for row, ids in zip(chunk, encoded):
-            # A tokenizer that closes every text would have the student write after the end.
-            closed = not has_template and ids and ids[-1] == tokenizer.eos_token_id
-            yield row, tuple(ids[:-1] if closed else ids)
+        read = [text.of(row) for row in chunk]
+        student_ids = _encoded([texts.student for texts in read], text, tokenizer)
+        privileged = [texts.teacher for texts in read if texts.teacher is not None]
+        teacher_ids = _encoded(privileged, text, tokenizer) if privileged else [None] * len(chunk)
+        yield from zip(chunk, read, student_ids, teacher_ids, strict=True)
 
 
-def _rendered(row: Row, tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
-    try:
-        return tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True, **template_kwargs)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{row.where}: the student's chat template refuses the messages ({error}); check their roles and data.chat_template_kwargs") from None
-
-
-def _plain_text(row: Row) -> str:
-    if not row.plain:
-        raise ValueError(
-            f"{row.where}: the prompt is a message list and the student's tokenizer has no chat template; use plain string prompts or add a chat template"
-        )
-    return row.messages[0]["content"]
+def _encoded(texts: list[str], text: PromptText, tokenizer: Any) -> list[tuple[int, ...]]:
+    # A chat template writes its special tokens itself.
+    encoded = tokenizer(texts, add_special_tokens=not text.has_chat_template)["input_ids"]
+    # A tokenizer that closes every text would have the student write after the end.
+    is_closed = [not text.has_chat_template and ids and ids[-1] == tokenizer.eos_token_id for ids in encoded]
+    return [tuple(ids[:-1] if closed else ids) for ids, closed in zip(encoded, is_closed, strict=True)]
 
 
 def _canonical_json(value: Any) -> bytes:
     return _CANONICAL.encode(value).encode()
 
 
-def _nothing_left(data: DataConfig, part: Part, counts: _Counts) -> str:
+def _nothing_left(data: DataConfig, part: Part, counts: _Counts, max_teacher_tokens: int | None) -> str:
     read = f"data.prompts={data.prompts!r} leaves no prompt for {part}: {counts.read} rows read"
     if counts.read == 0:
         return f"{read}; the source is empty, name another"
@@ -209,7 +213,11 @@ def _nothing_left(data: DataConfig, part: Part, counts: _Counts) -> str:
         f"{counts.too_long} longer than data.max_prompt_tokens={data.max_prompt_tokens}, "
         f"{counts.other_part} belong to the other part (data.holdout_fraction={data.holdout_fraction})"
     )
-    way_out = "raise data.max_prompt_tokens" if counts.too_long else "change data.holdout_fraction or give more data"
+    if counts.no_room:
+        dropped += f", {counts.no_room} with a privileged prompt of more than {max_teacher_tokens} tokens, which leaves the teacher no room for the response"
+        way_out = "shorten privileged.template or the solutions"
+    else:
+        way_out = "raise data.max_prompt_tokens" if counts.too_long else "change data.holdout_fraction or give more data"
     if part == "evaluation":
         way_out += ", or name evaluation.prompts as a source of its own, or set evaluation.prompts=0"
     return f"{read}, {dropped}; {way_out}"

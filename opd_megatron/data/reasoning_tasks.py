@@ -50,4 +50,5 @@ def read_reasoning_task(data: DataConfig) -> Iterator[Row]:
     for index in range(data.task_size):
         entry = dataset[index]
         answer = None if entry["answer"] is None else str(entry["answer"])
-        yield plain_row(entry["question"], index=index, where=f"{data.prompts} entry {index}", answer=answer, target=answer, entry=entry)
+        # Tasks come without worked solutions.
+        yield plain_row(entry["question"], index=index, where=f"{data.prompts} entry {index}", answer=answer, target=answer, solution=answer, entry=entry)

@@ -22,6 +22,7 @@ class Row:
     plain: bool
     answer: str | None
     target: str | None
+    solution: str | None
     entry: Any = None
 
 
@@ -29,17 +30,21 @@ def row_from_record(record: Mapping[str, Any], *, index: int, where: str, data: 
     """Return the record as a row; ValueError, starting with `where`, for a record without a usable prompt."""
     prompt = _prompt_value(record, where, data)
     answer = _answer_text(record.get(data.answer_key), where, data.answer_key)
+    solution = record.get(data.solution_key)
+    solution = solution if isinstance(solution, str) and solution.strip() else None
     if isinstance(prompt, str):
-        return plain_row(prompt, index=index, where=where, answer=answer, target=_target_text(record, None, answer, where))
+        return plain_row(prompt, index=index, where=where, answer=answer, target=_target_text(record, None, answer, where), solution=solution)
     messages, reply = _split_reply(_text_messages(prompt, where), where)
-    return Row(index=index, where=where, messages=messages, plain=False, answer=answer, target=_target_text(record, reply, answer, where))
+    target = _target_text(record, reply, answer, where)
+    return Row(index=index, where=where, messages=messages, plain=False, answer=answer, target=target, solution=solution)
 
 
-def plain_row(text: str, *, index: int, where: str, answer: str | None, target: str | None, entry: Any = None) -> Row:
+def plain_row(text: str, *, index: int, where: str, answer: str | None, target: str | None, solution: str | None, entry: Any = None) -> Row:
     """Return the row of one user message; ValueError for an empty one."""
     if not text.strip():
         raise ValueError(f"{where}: the prompt is empty; remove the row or fill it")
-    return Row(index=index, where=where, messages=({"role": "user", "content": text},), plain=True, answer=answer, target=target, entry=entry)
+    messages = ({"role": "user", "content": text},)
+    return Row(index=index, where=where, messages=messages, plain=True, answer=answer, target=target, solution=solution, entry=entry)
 
 
 def _prompt_value(record: Mapping[str, Any], where: str, data: DataConfig) -> Any:

@@ -12,7 +12,7 @@ from opd_megatron.data.prompts import Prompt
 from opd_megatron.evaluation.graders import pass_at_k
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.rollout.engine import Sampler
-from opd_megatron.rollout.rollouts import Rollouts, sample_rollouts
+from opd_megatron.rollout.rollouts import Rollouts, WriterPrompt, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 
 NUM_EXAMPLES = 32
@@ -34,7 +34,7 @@ def evaluate(
     A response is correct when the grader gives it full marks; `score` also counts partial credit.
     """
     started = time.perf_counter()
-    numbered = [(place, prompt.ids) for place, prompt in enumerate(prompts)]
+    numbered = [WriterPrompt(place, prompt.ids) for place, prompt in enumerate(prompts)]
     rollouts = sample_rollouts(sampler, groups, numbered, settings, samples_per_prompt=samples_per_prompt, key=(seed, "evaluation"), policy_version=0)
     if dist.get_rank() != 0:
         return None

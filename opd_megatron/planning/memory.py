@@ -157,7 +157,8 @@ def _evaluation(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase:
 
 def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Phase, num_sequences: int, response_tokens: int) -> list[Term]:
     architecture, layout, itemsize = model.known.architecture, model.groups.layout, model.dtype.itemsize
-    batch, prompt_tokens = shape.decoded_sequences(model, num_sequences), rank.config.data.max_prompt_tokens
+    batch = shape.decoded_sequences(model, num_sequences)
+    prompt_tokens = shape.teacher_prompt_tokens if phase == "teacher evaluation" else rank.config.data.max_prompt_tokens
     length = prompt_tokens + response_tokens
     per_token = 2 * itemsize * model.counts.num_layers * architecture.num_kv_heads // layout.tensor * architecture.head_dim
     terms = [

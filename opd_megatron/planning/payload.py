@@ -60,8 +60,8 @@ def model_grids(config: RunConfig) -> dict[str, RankGrid]:
     """Return where the models of a run are, in the ranks of the whole job; a teacher on ranks of its own has the last."""
     own = config.num_teacher_ranks
     grids = {"student": RankGrid(layout=config.student.layout, num_ranks=config.world_size - own)}
-    if config.teacher is not None and config.training.objective == "opd":
-        grids["teacher"] = RankGrid(layout=config.teacher.layout, num_ranks=own or config.world_size, first_rank=config.world_size - own if own else 0)
+    if config.scoring_teacher is not None:
+        grids["teacher"] = RankGrid(layout=config.scoring_teacher.layout, num_ranks=own or config.world_size, first_rank=config.world_size - own if own else 0)
     return grids
 
 
@@ -70,17 +70,19 @@ def longest_samples(config: RunConfig) -> list[int]:
     return [config.data.max_prompt_tokens + config.rollout.max_response_tokens] * config.num_sequences
 
 
-def step_payload(config: RunConfig) -> Payload:
-    """Return the payload of one step; none without a teacher."""
+def step_payload(config: RunConfig, teacher_prompt_tokens: int | None = None) -> Payload:
+    """Return the payload of one step; none without a teacher. What it reads has `teacher_prompt_tokens`, by default as many as the student's prompts."""
     grids = model_grids(config)
-    if "teacher" not in grids:
+    if config.scoring_teacher is None:
         return Payload((), PayloadPlan((), ()))
-    prompt, response = torch.zeros(config.data.max_prompt_tokens, dtype=torch.long), torch.zeros(config.rollout.max_response_tokens, dtype=torch.long)
-    samples = [Sample(index, 0, prompt, response, None, False) for index in range(config.num_sequences)]
+    prompt_tokens = config.data.max_prompt_tokens
+    lengths = (prompt_tokens, teacher_prompt_tokens or prompt_tokens, config.rollout.max_response_tokens)
+    written, read, response = (torch.zeros(length, dtype=torch.long) for length in lengths)
+    samples = [Sample(index, 0, written, response, None, False, read) for index in range(config.num_sequences)]
     teacher, student = grids["teacher"], grids["student"]
-    num_tokens = longest_samples(config)
-    scoring = plan_scoring(num_tokens, teacher.layout, teacher.data_size, config.teacher.micro_batch if config.teacher is not None else 1)
-    training = TrainingBatches.of(config, student.data_size).plan(num_tokens)
+    num_read = [sample.as_teacher_reads().num_tokens for sample in samples]
+    scoring = plan_scoring(num_read, teacher.layout, teacher.data_size, config.scoring_teacher.micro_batch)
+    training = TrainingBatches.of(config, student.data_size).plan(longest_samples(config))
     pieces = cut_into_pieces(samples, teacher, scoring.places(), student, training.places())
     plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
     return Payload(tuple(pieces), plan)

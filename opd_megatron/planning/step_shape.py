@@ -9,6 +9,7 @@ import torch
 
 from opd_megatron.data.batch_plan import TrainingBatches, TrainingPlan
 from opd_megatron.losses.vocab_parallel import token_chunks
+from opd_megatron.models.limits import longest_teacher_prompt
 from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.parallel.layout import replica_share
 from opd_megatron.planning.payload import longest_samples
@@ -45,7 +46,17 @@ class StepShape:
     @property
     def teacher_batch_tokens(self) -> int:
         """The same of one batch that the teacher scores."""
-        return self.teacher_batch * self._tokens_of(self.rank.teacher) if self.rank.teacher is not None else 0
+        teacher = self.rank.teacher
+        if teacher is None:
+            return 0
+        layout = teacher.groups.layout
+        return self.teacher_batch * padded_length(self.teacher_prompt_tokens + self.response_tokens, layout) // layout.context
+
+    @property
+    def teacher_prompt_tokens(self) -> int:
+        """The longest prompt that the teacher reads."""
+        assert self.rank.teacher_known is not None
+        return longest_teacher_prompt(self.rank.config, self.rank.teacher_known.architecture)
 
     @property
     def scored_tokens(self) -> int:
@@ -104,7 +115,3 @@ class StepShape:
         # Where replicas share experts, all of them make as many passes as the busiest: `models.forward`.
         busiest, num_sequences = model.groups.layout.replicas_share_experts, self.rank.config.num_sequences
         return -(-num_sequences // num_replicas) if busiest else len(replica_share(num_sequences, replica, num_replicas))
-
-    def _tokens_of(self, model: PlannedModel) -> int:
-        layout = model.groups.layout
-        return padded_length(self.rank.config.data.max_prompt_tokens + self.response_tokens, layout) // layout.context

@@ -30,6 +30,10 @@ class Rollouts:
         """Tokens of every sample, prompt and response."""
         return [sample.num_tokens for sample in self.samples]
 
+    def as_teacher_reads(self) -> Rollouts:
+        """Return the samples with the teacher's prompts."""
+        return Rollouts(tuple(sample.as_teacher_reads() for sample in self.samples), self.policy_version)
+
     @property
     def num_scored(self) -> list[int]:
         """Response tokens of every sample."""
@@ -40,26 +44,35 @@ class Rollouts:
         return sum(self.num_scored)
 
 
+@dataclass(frozen=True)
+class WriterPrompt:
+    """What a sampler is given of a prompt; `teacher_ids` only go along."""
+
+    index: int
+    ids: Sequence[int]
+    teacher_ids: Sequence[int] | None = None
+
+
 def sample_rollouts(
     sampler: Sampler,
     groups: ModelGroups,
-    prompts: Sequence[tuple[int, Sequence[int]]],
+    prompts: Sequence[WriterPrompt],
     settings: SamplingSettings,
     *,
     samples_per_prompt: int,
     key: tuple[int | str, ...],
     policy_version: int,
 ) -> Rollouts:
-    """Return `samples_per_prompt` samples of every (prompt index, prompt ids): each replica writes its share, then all exchange them.
+    """Return `samples_per_prompt` samples of every prompt: each replica writes its share, then all exchange them.
 
     The random numbers of a sample depend on `key` and on its place in the batch only: any layout writes the same text.
     """
-    wanted = [(place, index, ids, sample) for place, (index, ids) in enumerate(prompts) for sample in range(samples_per_prompt)]
+    wanted = [(place, prompt, sample) for place, prompt in enumerate(prompts) for sample in range(samples_per_prompt)]
     mine = [wanted[index] for index in replica_share(len(wanted), groups.writer, groups.num_writers)]
-    responses = sampler.generate([ids for _, _, ids, _ in mine], [(*key, place, sample) for place, _, _, sample in mine], settings)
+    responses = sampler.generate([prompt.ids for _, prompt, _ in mine], [(*key, place, sample) for place, _, sample in mine], settings)
     written = [
-        Sample(index, sample, torch.tensor(ids), response.ids, response.logp, response.finished)
-        for (_, index, ids, sample), response in zip(mine, responses, strict=True)
+        Sample(prompt.index, sample, torch.tensor(prompt.ids), response.ids, response.logp, response.finished, _tensor(prompt.teacher_ids))
+        for (_, prompt, sample), response in zip(mine, responses, strict=True)
     ]
     gathered: list[list[Sample]] = [[] for _ in range(groups.num_writers)]
     dist.all_gather_object(gathered, written, group=groups.collection.dp_cp)
@@ -79,6 +92,7 @@ def record_rollouts(rollouts: Rollouts, file: Path) -> None:
                 "response_ids": sample.response_ids.tolist(),
                 "sampled_logp": None if sample.sampled_logp is None else sample.sampled_logp.tolist(),
                 "finished": sample.finished,
+                **({} if sample.teacher_prompt_ids is None else {"teacher_prompt_ids": sample.teacher_prompt_ids.tolist()}),
                 "policy_version": rollouts.policy_version,
             }
             stream.write(json.dumps(record) + "\n")
@@ -104,9 +118,9 @@ def replay_rollouts(file: Path) -> Rollouts:
 
 def _sample_from(record: dict[str, Any]) -> Sample:
     """Return a recorded sample; ValueError, KeyError or TypeError if it is none."""
-    prompt_ids, response_ids, logp = record["prompt_ids"], record["response_ids"], record["sampled_logp"]
-    if not all(type(token) is int for token in [*prompt_ids, *response_ids]) or not prompt_ids:
-        raise ValueError("prompt_ids and response_ids must be lists of integers")
+    prompt_ids, response_ids, logp, teacher_ids = record["prompt_ids"], record["response_ids"], record["sampled_logp"], record.get("teacher_prompt_ids")
+    if not all(type(token) is int for token in [*prompt_ids, *response_ids, *(teacher_ids or [])]) or not prompt_ids or teacher_ids == []:
+        raise ValueError("prompt_ids, response_ids and teacher_prompt_ids must be lists of integers")
     if logp is not None and len(logp) != len(response_ids):
         raise ValueError(f"{len(logp)} log-probabilities for {len(response_ids)} response tokens")
     return Sample(
@@ -116,4 +130,9 @@ def _sample_from(record: dict[str, Any]) -> Sample:
         torch.tensor(response_ids, dtype=torch.long),
         None if logp is None else torch.tensor(logp, dtype=torch.float32),
         bool(record["finished"]),
+        _tensor(teacher_ids),
     )
+
+
+def _tensor(ids: Sequence[int] | None) -> torch.Tensor | None:
+    return None if ids is None else torch.tensor(ids, dtype=torch.long)

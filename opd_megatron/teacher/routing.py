@@ -53,9 +53,9 @@ class Router:
 
     def route(self, rollouts: Rollouts) -> Route:
         """Return what travels for these samples."""
-        num_tokens = rollouts.num_tokens
-        scoring = plan_scoring(num_tokens, self.teacher.layout, self.teacher.data_size, self.teacher_micro_batch)
-        training = self.student_batches.plan(num_tokens)
+        read = rollouts.as_teacher_reads()
+        scoring = plan_scoring(read.num_tokens, self.teacher.layout, self.teacher.data_size, self.teacher_micro_batch)
+        training = self.student_batches.plan(rollouts.num_tokens)
         pieces = cut_into_pieces(rollouts.samples, self.teacher, scoring.places(), self.student, training.places())
         plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
         return Route(pieces=tuple(pieces), plan=plan)
@@ -94,9 +94,15 @@ def cut_into_pieces(
     """Return the pieces of all samples, sample after sample, rows in order; a sample without scored rows has one piece of none."""
     pieces = []
     for index, (sample, theirs, ours) in enumerate(zip(samples, teacher_places, student_places, strict=True)):
-        position_R = torch.arange(sample.num_scored) + len(sample.prompt_ids) - 1
+        # The same token may have another place after the teacher's prompt.
+        first_read, first_written = (len(read.prompt_ids) - 1 for read in (sample.as_teacher_reads(), sample))
+        response_R = torch.arange(sample.num_scored)
         owner_R2 = torch.stack(
-            [context_rank(position_R, theirs.length, teacher.layout.context), context_rank(position_R, ours.length, student.layout.context)], dim=-1
+            [
+                context_rank(response_R + first_read, theirs.length, teacher.layout.context),
+                context_rank(response_R + first_written, ours.length, student.layout.context),
+            ],
+            dim=-1,
         )
         owners, counts = torch.unique_consecutive(owner_R2, dim=0, return_counts=True)
         for (teacher_context, student_context), num_rows in zip(owners.tolist() or [(0, 0)], counts.tolist() or [0], strict=True):

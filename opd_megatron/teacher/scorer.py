@@ -55,6 +55,7 @@ class Scorer:
         """Return {sample: hidden states [R, G] of the scored positions in this rank's context window} for its replica's share, on the last stage."""
         rows: dict[int, torch.Tensor] = {}
         size, rank = self.groups.layout.context, self.groups.cell.context
+        rollouts = rollouts.as_teacher_reads()
         plan = plan_scoring(rollouts.num_tokens, self.groups.layout, self.groups.data_size, self.micro_batch)
         with self.on_device(), inference_mode(self.model, self.groups, context_parallel=True):
             for chosen in plan.micro_batches[self.groups.data_rank]:

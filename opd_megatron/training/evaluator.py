@@ -23,7 +23,7 @@ class Evaluator:
 
     def measure_student(self, step: int) -> None:
         """Record the accuracy of the weights after `step` steps."""
-        self._record("student", step, evaluate_held_out(self._parts.sampler, self._config, self._sources))
+        self._record("student", step, evaluate_held_out(self._parts.sampler, self._config, self._sources, as_teacher=False))
 
     def measure_teacher(self) -> None:
         """Record the accuracy to compare with; the teacher generates in its own layout, on its own ranks where it has some."""
@@ -35,15 +35,18 @@ class Evaluator:
         else:
             with teacher.scorer.on_device():
                 sampler = make_sampler(teacher.scorer.model, teacher.scorer.groups, self._config, sources)
-                self._record("teacher", 0, evaluate_held_out(sampler, self._config, sources))
+                self._record("teacher", 0, evaluate_held_out(sampler, self._config, sources, as_teacher=True))
 
     def _record(self, who: str, step: int, record: dict[str, Any] | None) -> None:
         if record is not None:
             self._recorder.log_evaluation({"step": step, "who": who, **record})
 
 
-def evaluate_held_out(sampler: Sampler, config: RunConfig, sources: Sources) -> dict[str, Any] | None:
-    """Return accuracy and examples on rank 0 of the sampler's world; None elsewhere, and without held-out prompts."""
+def evaluate_held_out(sampler: Sampler, config: RunConfig, sources: Sources, *, as_teacher: bool) -> dict[str, Any] | None:
+    """Return accuracy and examples on rank 0 of the sampler's world; None elsewhere, and without held-out prompts.
+
+    A privileged teacher answers what it reads in training: its accuracy is what the solutions are worth to it.
+    """
     if sources.evaluation_prompts is None:
         return None
     settings = SamplingSettings(
@@ -52,7 +55,7 @@ def evaluate_held_out(sampler: Sampler, config: RunConfig, sources: Sources) -> 
     return evaluate(
         sampler,
         sampler.groups,
-        sources.evaluation_prompts.prompts,
+        [prompt.as_teacher_reads() if as_teacher else prompt for prompt in sources.evaluation_prompts.prompts],
         sources.tokenizer,
         sources.grader,
         settings,

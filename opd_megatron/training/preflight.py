@@ -8,37 +8,32 @@ from typing import Any
 
 from opd_megatron.config import RunConfig, StudentConfig, TeacherConfig
 from opd_megatron.data.sources import check_source
+from opd_megatron.data.templates import check_templates
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
+from opd_megatron.models.limits import check_length
 from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.training.layouts import check_layouts
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ValueError, with the values and the way out, for layouts, models or data that do not fit together. Reads headers only."""
-    distills = config.teacher is not None and config.training.objective == "opd"
-    check_layouts(config, world_size, _peek(config.student), _peek(config.teacher) if distills else None)
+    check_layouts(config, world_size, _peek(config.student), _peek(config.teacher_source))
     check_source(config.data.prompts)
+    check_templates(config.data, config.privileged)
     if isinstance(config.evaluation.prompts, str):
         check_source(config.evaluation.prompts, "evaluation.prompts")
     if config.rollout.replay:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _open_model("student", config.student)
-    _check_length(config, "student", student)
+    check_length(config, "student", student)
     if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
         raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
-    if config.teacher is None or not distills:
+    teacher = config.teacher_source
+    if teacher is None:
         return
-    _check_length(config, "teacher", _open_model("teacher", config.teacher))
-    _check_tokenizer_files(_assets(config.student), _assets(config.teacher))
-
-
-def _check_length(config: RunConfig, role: str, architecture: Architecture) -> None:
-    budgets = {"rollout.max_response_tokens": config.rollout.max_response_tokens, "evaluation.max_response_tokens": config.evaluation.max_response_tokens or 0}
-    key = max(budgets, key=lambda name: budgets[name])
-    longest = config.data.max_prompt_tokens + budgets[key]
-    if longest > architecture.max_positions:
-        raise ValueError(f"data.max_prompt_tokens + {key} = {longest} exceeds the {role}'s {architecture.max_positions} positions; lower one of them")
+    check_length(config, "teacher", _open_model("teacher", teacher))
+    _check_tokenizer_files(_assets(config.student), _assets(teacher))
 
 
 def _check_replay(run: RunDirectory, steps: int) -> None:

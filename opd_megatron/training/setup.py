@@ -12,11 +12,13 @@ import torch.distributed as dist
 
 from opd_megatron.config import DataConfig, RunConfig, TeacherConfig
 from opd_megatron.data.batch_plan import TrainingBatches
-from opd_megatron.data.prompts import Prompt, PromptSet, load_prompts, with_targets
+from opd_megatron.data.prompts import Part, Prompt, PromptSet, load_prompts, with_targets
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer
 from opd_megatron.evaluation.graders import check_gradable, make_grader
+from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import DTYPES, ModelChunks
 from opd_megatron.models.hf_folder import stop_token_ids
+from opd_megatron.models.limits import longest_teacher_prompt
 from opd_megatron.models.weights import WeightSource, open_weights
 from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_groups
 from opd_megatron.parallel.layout import RankGrid
@@ -62,9 +64,8 @@ def open_sources(config: RunConfig) -> Sources:
     """Open models, tokenizers and data; ValueError, the same on every rank, for whatever does not fit together."""
     with shared_errors():
         student = open_weights(hf=config.student.hf, checkpoint=config.student.checkpoint)
-        # A warm-up by supervised fine-tuning may name the teacher of the run that follows; it is not read.
-        wants_teacher = config.teacher is not None and config.training.objective == "opd"
-        teacher = open_weights(hf=config.teacher.hf, checkpoint=config.teacher.checkpoint) if wants_teacher and config.teacher else None
+        settings = config.teacher_source
+        teacher = open_weights(hf=settings.hf, checkpoint=settings.checkpoint) if settings is not None else None
         tokenizer = load_tokenizer(student.assets)
         vocab_size = student.architecture.vocab_size
         if teacher is not None:
@@ -74,7 +75,7 @@ def open_sources(config: RunConfig) -> Sources:
         if vocab_size < len(tokenizer):
             raise ValueError(f"the tokenizer of {student.assets} has {len(tokenizer)} tokens, more than the model's vocabulary of {vocab_size}")
         evaluation_data = _evaluation_data(config)
-        prompts, evaluation_prompts = _load_data(config, evaluation_data, tokenizer)
+        prompts, evaluation_prompts = _load_data(config, evaluation_data, tokenizer, teacher.architecture if teacher is not None else None)
         if config.training.objective == "sft":
             limits = (student.architecture.max_positions, config.training.micro_batch_tokens)
             prompts = with_targets(prompts, tokenizer, max_tokens=min(limit for limit in limits if limit is not None))
@@ -127,6 +128,8 @@ def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources,
         objective = _make_objective(config, student, own_weights, sources.vocab_size)
         divergence = check_self_divergence(student, own_weights, objective, sources.prompts.prompts)
         note(f"self-test: the student's own weights as teacher diverge by {divergence:.1e} nats a token")
+        if settings.is_student:
+            return own_weights
         own_weights.leave()
         del own_weights, objective
     return load(sources.teacher)
@@ -177,18 +180,26 @@ def _evaluation_data(config: RunConfig) -> DataConfig:
     return replace(config.data, prompts=wanted) if isinstance(wanted, str) else config.data
 
 
-def _load_data(config: RunConfig, evaluation_data: DataConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet | None]:
+def _load_data(config: RunConfig, evaluation_data: DataConfig, tokenizer: Any, teacher: Architecture | None) -> tuple[PromptSet, PromptSet | None]:
     """Return training and held-out prompts. An evaluation source of its own leaves the training source whole."""
     wanted = config.evaluation.prompts
-    if isinstance(wanted, str):
-        return load_prompts(config.data, tokenizer, part="all"), load_prompts(evaluation_data, tokenizer, part="all")
+    train: Part = "train" if isinstance(wanted, int) and wanted else "all"
+    max_teacher_tokens = longest_teacher_prompt(config, teacher) if teacher is not None else None
+    prompts = load_prompts(config.data, tokenizer, part=train, privileged=config.privileged, max_teacher_tokens=max_teacher_tokens)
     if wanted == 0:
-        return load_prompts(config.data, tokenizer, part="all"), None
-    return load_prompts(config.data, tokenizer, part="train"), load_prompts(config.data, tokenizer, part="evaluation", limit=wanted)
+        return prompts, None
+    held_out: Part = "all" if isinstance(wanted, str) else "evaluation"
+    limit = wanted if isinstance(wanted, int) else None
+    # Only a teacher that is measured reads what is held out.
+    privileged = config.privileged if config.evaluation.teacher and teacher is not None else None
+    return prompts, load_prompts(evaluation_data, tokenizer, part=held_out, limit=limit, privileged=privileged, max_teacher_tokens=max_teacher_tokens)
 
 
 def describe_data(sources: Sources) -> str:
     """Return one line on what was read and dropped, for the log of rank 0."""
     held_out = len(sources.evaluation_prompts) if sources.evaluation_prompts is not None else 0
-    dropped = f", {sources.prompts.num_dropped_long} dropped as too long" if sources.prompts.num_dropped_long else ""
-    return f"data: {len(sources.prompts):,} training prompts{dropped}, {held_out:,} held out; world size {dist.get_world_size()}"
+    prompts = sources.prompts
+    dropped = f", {prompts.num_dropped_long} dropped as too long" if prompts.num_dropped_long else ""
+    if prompts.num_dropped_privileged:
+        dropped += f", {prompts.num_dropped_privileged} dropped because their privileged prompt leaves the teacher no room for a response"
+    return f"data: {len(prompts):,} training prompts{dropped}, {held_out:,} held out; world size {dist.get_world_size()}"

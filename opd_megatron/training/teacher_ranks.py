@@ -21,7 +21,8 @@ def serve(config: RunConfig, sources: Sources, bridge: Bridge, device: torch.dev
     assert config.teacher is not None
     assert sources.teacher is not None
     groups = teacher_groups(config.teacher.layout)
-    for source in [sources.student] * config.teacher.self_test + [sources.teacher]:
+    tests_others = config.teacher.self_test and not config.teacher.is_student
+    for source in [sources.student] * tests_others + [sources.teacher]:
         status = _serve_weights(source, config, sources, groups, bridge, device)
     assert status is not None
     return status
@@ -48,4 +49,4 @@ def _serve_weights(
 def _evaluate(scorer: Scorer, config: RunConfig, sources: Sources) -> dict[str, Any] | None:
     """Return the teacher's accuracy on the held-out prompts, on the teacher's first rank."""
     with scorer.on_device():
-        return evaluate_held_out(make_sampler(scorer.model, scorer.groups, config, sources), config, sources)
+        return evaluate_held_out(make_sampler(scorer.model, scorer.groups, config, sources), config, sources, as_teacher=True)

@@ -17,7 +17,7 @@ from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.rollout.engine import Sampler
-from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts, sample_rollouts
+from opd_megatron.rollout.rollouts import Rollouts, WriterPrompt, record_rollouts, replay_rollouts, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 
 # (step, its prompts, updates that the weights have seen) -> its samples, the same on every rank; every rank calls it.
@@ -39,7 +39,7 @@ class OnPolicy:
         rollouts = sample_rollouts(
             self.sampler,
             self.groups,
-            [(prompt.index, prompt.ids) for prompt in prompts],
+            [WriterPrompt(prompt.index, prompt.ids, prompt.teacher_ids) for prompt in prompts],
             self.settings,
             samples_per_prompt=self.samples_per_prompt,
             key=(self.seed, step),
@@ -57,13 +57,17 @@ class Replayed:
     run: Path
     num_sequences: int
     vocab_size: int
+    privileged: bool
 
     def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
         with shared_errors():
             rollouts = replay_rollouts(RunDirectory(self.run).rollout_file(step))
             if len(rollouts.samples) != self.num_sequences:
                 raise ValueError(f"{self.run} recorded {len(rollouts.samples)} samples for step {step}, this run takes {self.num_sequences}")
-            largest = max(int(torch.cat([sample.prompt_ids, sample.response_ids]).max()) for sample in rollouts.samples)
+            if self.privileged != any(sample.teacher_prompt_ids is not None for sample in rollouts.samples):
+                raise ValueError(f"{self.run} was recorded {'without' if self.privileged else 'with'} privileged.template; replay it as it was recorded")
+            read = [ids for sample in rollouts.samples for ids in (sample.prompt_ids, sample.response_ids, sample.teacher_prompt_ids) if ids is not None]
+            largest = int(torch.cat(read).max())
             if largest >= self.vocab_size:
                 raise ValueError(
                     f"{self.run} recorded token {largest} in step {step}, and the vocabulary has {self.vocab_size}; replay a run with this tokenizer"
@@ -88,7 +92,8 @@ def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: Mode
     if config.training.objective == "sft":
         return ReferenceAnswers(tokenizer=tokenizer)
     if rollout.replay:
-        return Replayed(run=Path(rollout.replay), num_sequences=config.num_sequences, vocab_size=sampler.vocab_size)
+        privileged = config.privileged.template is not None
+        return Replayed(run=Path(rollout.replay), num_sequences=config.num_sequences, vocab_size=sampler.vocab_size, privileged=privileged)
     return OnPolicy(
         sampler=sampler,
         groups=groups,

@@ -1,0 +1,33 @@
+"""How long a prompt may be, so that the response still fits behind it. No torch: the configuration is checked by it as well."""
+
+from __future__ import annotations
+
+from opd_megatron.config import RunConfig
+from opd_megatron.models.architecture import Architecture
+
+
+def longest_response(config: RunConfig) -> tuple[str, int]:
+    """Return the key that sets the longest response of the run, and its tokens."""
+    budgets = {"rollout.max_response_tokens": config.rollout.max_response_tokens, "evaluation.max_response_tokens": config.evaluation.max_response_tokens or 0}
+    key = max(budgets, key=lambda name: budgets[name])
+    return key, budgets[key]
+
+
+def check_length(config: RunConfig, role: str, architecture: Architecture) -> None:
+    """Raise ValueError unless prompts and responses at their limits fit into the model's positions."""
+    key, response = longest_response(config)
+    longest = config.data.max_prompt_tokens + response
+    if longest > architecture.max_positions:
+        raise ValueError(f"data.max_prompt_tokens + {key} = {longest} exceeds the {role}'s {architecture.max_positions} positions; lower one of them")
+    limit = config.privileged.max_prompt_tokens
+    if role == "teacher" and limit is not None and limit + response > architecture.max_positions:
+        raise ValueError(
+            f"privileged.max_prompt_tokens + {key} = {limit + response} exceeds the teacher's {architecture.max_positions} positions; lower one of them"
+        )
+
+
+def longest_teacher_prompt(config: RunConfig, teacher: Architecture) -> int:
+    """Return how many tokens a prompt of the teacher may have: as many as the student's, or a privileged one's as many as leave room for the response."""
+    if config.privileged.template is None:
+        return config.data.max_prompt_tokens
+    return config.privileged.max_prompt_tokens or teacher.max_positions - longest_response(config)[1]
