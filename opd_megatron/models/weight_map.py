@@ -176,3 +176,22 @@ def vocab_slice(tensor_VH: torch.Tensor, *, tensor_rank: int, tensor_size: int, 
     if rows.size(0) == width:
         return rows
     return torch.cat([rows, rows.new_zeros(width - rows.size(0), rows.size(1))])
+
+
+def sliced_shape(row: MappedTensor, tensor_size: int, padded_vocab: int) -> tuple[int, ...]:
+    """Return the shape of what one of `tensor_size` ranks holds of a tensor."""
+    shape = [padded_vocab, *row.shape[1:]] if row.is_vocab else list(row.shape)
+    if row.split_dim is not None:
+        shape[row.split_dim] //= tensor_size
+    return tuple(shape)
+
+
+def joined_slices(row: MappedTensor, slices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the global tensor of the slices of all tensor ranks; the inverse of `local_slice`, without the padding of a vocabulary."""
+    if row.split_dim is None:
+        return slices[0]
+    if row.kind == "gate_up":
+        halves = [piece.chunk(2) for piece in slices]
+        return torch.cat([half for side in range(2) for half in (pair[side] for pair in halves)])
+    whole = torch.cat(list(slices), dim=row.split_dim)
+    return whole[: row.shape[0]] if row.is_vocab else whole

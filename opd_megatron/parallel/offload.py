@@ -37,6 +37,10 @@ class Offloaded:
         """Return whether these are the same storages."""
         return self._keys == {tensor.untyped_storage()._cdata for tensor in tensors}
 
+    def forget_values(self) -> None:
+        """Let the next `leave` bring the values of frozen tensors to the host again: they were written over."""
+        self._saved = False
+
     def leave(self) -> None:
         """Bring the values to the host, where they are not yet, and free the device's memory."""
         if not (self._frozen and self._saved):

@@ -51,6 +51,14 @@ class Scorer:
         finally:
             self.offloaded.leave()
 
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Have the weights on the device to be written over; offloaded ones leave as they then are."""
+        with self.on_device():
+            yield
+            if self.offloaded is not None:
+                self.offloaded.forget_values()
+
     def hidden_rows(self, rollouts: Rollouts) -> dict[int, torch.Tensor]:
         """Return {sample: hidden states [R, G] of the scored positions in this rank's context window} for its replica's share, on the last stage."""
         rows: dict[int, torch.Tensor] = {}

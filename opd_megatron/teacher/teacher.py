@@ -5,7 +5,7 @@ Shapes: R scored positions of one sample, G teacher hidden, W slice of the stude
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,11 @@ class Score:
     """Ask the teacher's own ranks for the hidden states of these samples."""
 
     rollouts: Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresh:
+    """Tell them that the student's weights, which are the teacher's, come now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,8 @@ class Teacher:
         self._router = router
         self._student_groups = student_groups
         self._asked: tuple[Rollouts, Route] | None = None
+        # Brings the weights up to date where they are the student's and move.
+        self.refresh: Callable[[], None] | None = None
         self.head_WG: torch.Tensor | None = None
         with shared_errors():
             if student_groups.is_last_stage:
@@ -75,6 +82,8 @@ class Teacher:
         assert self._asked is None, "the last batch was not fetched"
         # What cannot be routed is refused here, on ranks that can say why.
         self._asked = rollouts, self._router.route(rollouts)
+        if self.refresh is not None:
+            self.refresh()
         if self.scorer is None:
             self._router.bridge.tell_teacher(Score(rollouts=rollouts))
 

@@ -126,6 +126,8 @@ class CheckpointFolder:
         for chunk, tensors in zip(student.model, state["model"], strict=True):
             chunk.load_state_dict(tensors, strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
+        if student.average is not None:
+            student.average.load_state(student.model, state["average"])
         unshare_adam_step(student.optimizer)
         with shared_errors():
             if not (has_finite_state(student.optimizer) and all(bool(parameter.isfinite().all()) for parameter in student.model.parameters())):
@@ -177,7 +179,12 @@ def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     prime_adam(student.optimizer)
     metadata = {**_SHARDING, "dp_cp_group": student.groups.collection.dp_cp}
     model = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
-    return {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+    state = {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+    if student.average is not None:
+        # Its entries are made of the model's, which are changed: others than those above.
+        entries = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
+        state["average"] = student.average.sharded_state(student.model, entries)
+    return state
 
 
 def _checkpoint_bytes(student: Student) -> int:
@@ -186,6 +193,8 @@ def _checkpoint_bytes(student: Student) -> int:
     # Megatron-Core marks the weights of experts, which have copies on ranks of their own, with `allreduce = False`.
     written = [parameter for parameter in student.model.parameters() if is_first_copy[getattr(parameter, "allreduce", True)]]
     weights = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in written)
+    if student.average is not None:
+        weights += sum(tensor.nbytes for tensor in student.average.tensors.values())
     total = torch.tensor([weights], dtype=torch.int64, device=student.device)
     dist.all_reduce(total)
     return int(int(total) * 1.05) + (1 << 20)

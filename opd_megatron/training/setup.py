@@ -29,6 +29,7 @@ from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.importance import Importance
 from opd_megatron.training.objective import Distillation, Objective, SupervisedFineTuning
+from opd_megatron.training.self_teacher import refresh_from
 from opd_megatron.training.self_test import check_self_divergence
 from opd_megatron.training.student import Student
 from opd_megatron.training.writers import Writer, make_writer
@@ -121,7 +122,10 @@ def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources,
         """Return a frozen teacher with these weights, on the teacher's groups, its head cut as the student's vocabulary is."""
         scorer = make_scorer(source, config, groups, student.device) if groups is not None else None
         router = make_router(source, config, bridge)
-        return Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=student.device)
+        teacher = Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=student.device)
+        if settings.moves:
+            teacher.refresh = refresh_from(student, teacher, config, source, bridge)
+        return teacher
 
     if settings.self_test:
         own_weights = load(sources.student)

@@ -30,6 +30,7 @@ from opd_megatron.parallel.offload import Offloaded
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.teacher import TeacherRows
+from opd_megatron.training.average import MovingAverage
 from opd_megatron.training.batching import MicroBatches
 from opd_megatron.training.objective import Distillation, MicroBatch, Objective
 from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm, optimizer_state
@@ -77,6 +78,8 @@ class Student:
         self.ddp = [DistributedDataParallel(chunk.config, ddp_config, Float16Module(chunk.config, chunk) if self._is_half else chunk) for chunk in self.model]
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.training)
+        # Of the weights over the steps, where that is the teacher.
+        self.average: MovingAverage | None = None
         self._offloads = config.training.offload_optimizer
         self._offloaded: Offloaded | None = None
         self._leave()
@@ -124,6 +127,8 @@ class Student:
         healthy = math.isfinite(norm) and math.isfinite(sums.loss) and sums.tokens > 0
         if healthy:
             clip_and_update(self.optimizer, norm)
+            if self.average is not None:
+                self.average.update()
         return sums, norm, healthy
 
     def measure(self, micro_batches: MicroBatches, objective: Objective) -> LossSums:

@@ -105,7 +105,8 @@ class Trainer:
         with self._measured("rollout"):
             rollouts = self.write(step, prompts, self.progress.step)
         if self.teacher is not None:
-            self.teacher.ask(rollouts)
+            with self._measured("teacher"):
+                self.teacher.ask(rollouts)
         return rollouts
 
     def _metrics(self, rollouts: Rollouts, sums: LossSums, norm: float, step_seconds: float) -> dict[str, float | int]:
@@ -156,14 +157,14 @@ class Trainer:
 
     @contextmanager
     def _measured(self, phase: str) -> Iterator[None]:
-        """Keep how long a phase took on this rank, and the most memory it had in use."""
+        """Add how long a phase took on this rank, and keep the most memory it had in use."""
         torch.cuda.synchronize()
         started = time.perf_counter()
         start_peak()
         yield
         torch.cuda.synchronize()
-        self._seconds[phase] = time.perf_counter() - started
-        self._peak_bytes[phase] = peak_bytes()
+        self._seconds[phase] += time.perf_counter() - started
+        self._peak_bytes[phase] = max(self._peak_bytes[phase], peak_bytes())
 
     def _peaks_of_all_ranks(self) -> dict[str, int]:
         """Return the largest peak of any rank, by phase."""

@@ -337,9 +337,7 @@ def test_a_value_no_run_can_use_is_refused(word: str) -> None:
 
 
 def test_distillation_needs_a_teacher() -> None:
-    with pytest.raises(
-        ValueError, match=r"training\.objective=opd needs a teacher; set teacher\.hf, teacher\.checkpoint or teacher\.weights, or "
-    ):
+    with pytest.raises(ValueError, match=r"training\.objective=opd needs a teacher; set teacher\.hf, teacher\.checkpoint or teacher\.weights, or "):
         dataclasses.replace(BASE, teacher=None)
 
 

@@ -1,0 +1,62 @@
+"""Where the student is its own teacher and its weights move: how the teacher's copy of them, in its own layout, stays current."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from opd_megatron.config import RunConfig
+from opd_megatron.models.gpt import DTYPES
+from opd_megatron.models.weights import WeightSource
+from opd_megatron.parallel.world import Bridge
+from opd_megatron.teacher.scorer import Scorer
+from opd_megatron.teacher.teacher import Refresh, Teacher
+from opd_megatron.teacher.transfer import HeldSlice, WeightTransfer, head_sink, held_slices, joined, model_sinks
+from opd_megatron.training.average import MovingAverage
+from opd_megatron.training.student import Student
+
+
+def refresh_from(student: Student, teacher: Teacher, config: RunConfig, source: WeightSource, bridge: Bridge) -> Callable[[], None]:
+    """Return what brings the student's weights, or their average, to the teacher; every rank of the student calls it. The average begins here."""
+    assert config.teacher is not None
+    held = held_slices(student.model, student.groups, source.architecture)
+    transfer = _plan(config, source, bridge, held, student.device)
+    if config.teacher.weights == "ema":
+        owned = {name: held[name].parameter for name in transfer.sent_from(bridge.rank)}
+        student.average = MovingAverage(owned, config.teacher.ema_decay)
+    average, scorer = student.average, teacher.scorer
+
+    def own(name: str) -> torch.Tensor:
+        return average.tensors[name] if average is not None else held[name].parameter.detach()
+
+    head = head_sink(teacher.head_WG, student.groups, source.architecture, padded_vocab=student.padded_vocab) if teacher.head_WG is not None else {}
+
+    def refresh() -> None:
+        if scorer is None:
+            bridge.tell_teacher(Refresh())
+            transfer.run(own, head)
+        else:
+            with scorer.changing_weights():
+                transfer.run(own, joined(head, model_sinks(scorer.model, scorer.groups, source.architecture, vocab_multiple=1)))
+
+    return refresh
+
+
+def refresh_into(scorer: Scorer, config: RunConfig, source: WeightSource, bridge: Bridge, device: torch.device) -> Callable[[], None]:
+    """Return what takes them on a rank of the teacher's own; it is called when the student says so."""
+    transfer = _plan(config, source, bridge, {}, device)
+
+    def nothing(name: str) -> torch.Tensor:
+        raise AssertionError(f"a rank of the teacher's own holds nothing of the student, not {name}")
+
+    def refresh() -> None:
+        with scorer.changing_weights():
+            transfer.run(nothing, model_sinks(scorer.model, scorer.groups, source.architecture, vocab_multiple=1))
+
+    return refresh
+
+
+def _plan(config: RunConfig, source: WeightSource, bridge: Bridge, held: dict[str, HeldSlice], device: torch.device) -> WeightTransfer:
+    padded = source.architecture.padded_vocab_size(config.student.layout.tensor, config.student.vocab_multiple)
+    return WeightTransfer.plan(source.architecture, bridge, held, padded_vocab=padded, dtype=DTYPES[config.training.precision], device=device)
