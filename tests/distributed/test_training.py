@@ -42,9 +42,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder / "student", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=4)
     write_tiny_model(folder / "teacher", tied=False, vocab_size=263, seed=2, scale=0.5, hidden_size=96)
-    rows = [{"prompt": "count " + "abc"[: 1 + i % 3] * (1 + i % 5), "answer": str(i)} for i in range(64)]
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_prompts(folder / "prompts.jsonl")
     return folder
+
+
+def write_prompts(file: Path) -> None:
+    rows = [{"prompt": "count " + "abc"[: 1 + i % 3] * (1 + i % 5), "answer": str(i)} for i in range(64)]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
 def _config(models: Path, **layout: Any) -> RunConfig:
