@@ -25,41 +25,43 @@ TOP_K_KINDS = ["topk_tail_forward", "topk_tail_reverse", "topk_renorm_forward", 
 SAMPLED_KINDS = ["k1", "k3"]
 
 
-def naive_divergence(
-    student_logits_TV,
-    teacher_logits_TV,
-    *,
-    kind,
-    beta=0.5,
-    alpha=0.1,
-    top_k=64,
-    support="teacher",
-    sampled_ids_T=None,
-    temperature=1.0,
-    pointwise_clip=math.inf,
-):
+def naive_divergence(student_logits_TV, teacher_logits_TV, *, kind, sampled_ids_T=None, temperature=1.0, pointwise_clip=math.inf, **options):
     """Return the divergence of every token in nats, [T], in fp64; differentiable."""
-    log_p, log_q = (F.log_softmax(logits.double() / temperature, -1) for logits in (student_logits_TV, teacher_logits_TV))
     if kind in SAMPLED_KINDS:
+        log_p, log_q = (F.log_softmax(logits.double() / temperature, -1) for logits in (student_logits_TV, teacher_logits_TV))
         log_ratio = (log_q - log_p).gather(1, sampled_ids_T[:, None])[:, 0]
         return -log_ratio if kind == "k1" else log_ratio.exp() - 1 - log_ratio
+    return naive_summands(student_logits_TV, teacher_logits_TV, kind=kind, temperature=temperature, **options).clamp(max=pointwise_clip).sum(-1)
+
+
+def naive_clipped(student_logits_TV, teacher_logits_TV, *, pointwise_clip=None, **options):
+    """Return how many summands of every token exceed the clip, [T]; None without one."""
+    if pointwise_clip is None:
+        return None
+    summand = naive_summands(student_logits_TV.detach(), teacher_logits_TV, **options)
+    # A count has no tolerance: a summand that fp32 might put on the other side of the clip would make a test a matter of luck.
+    assert ((summand - pointwise_clip).abs() > 2e-5 * pointwise_clip).all(), "choose another clip, or another seed"
+    return (summand > pointwise_clip).sum(-1)
+
+
+def naive_summands(student_logits_TV, teacher_logits_TV, *, kind, beta=0.5, alpha=0.1, top_k=64, support="teacher", temperature=1.0):
+    """Return the summands of a kind that has some, of every vocabulary entry or class, in fp64; differentiable."""
+    log_p, log_q = (F.log_softmax(logits.double() / temperature, -1) for logits in (student_logits_TV, teacher_logits_TV))
     if kind in TOP_K_KINDS:
         ids_TK = (log_p if support == "student" else log_q).detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
         log_p, log_q = (class_logp(logp, ids_TK, tail="tail" in kind) for logp in (log_p, log_q))
     p, q = log_p.exp(), log_q.exp()
     if kind == "jsd":
         log_m = (beta * q + (1 - beta) * p).log()
-        summand = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
-    elif kind == "skew_forward":
-        summand = q * (log_q - torch.logaddexp(log_q + math.log(alpha), log_p + math.log(1 - alpha)))
-    elif kind == "skew_reverse":
-        summand = p * (log_p - torch.logaddexp(log_p + math.log(alpha), log_q + math.log(1 - alpha)))
-    elif kind in ("forward_kl", "topk_tail_forward", "topk_renorm_forward"):
-        summand = q * (log_q - log_p)
-    else:
-        assert kind in ("reverse_kl", "topk_tail_reverse", "topk_renorm_reverse"), kind
-        summand = p * (log_p - log_q)
-    return summand.clamp(max=pointwise_clip).sum(-1)
+        return beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
+    if kind == "skew_forward":
+        return q * (log_q - torch.logaddexp(log_q + math.log(alpha), log_p + math.log(1 - alpha)))
+    if kind == "skew_reverse":
+        return p * (log_p - torch.logaddexp(log_p + math.log(alpha), log_q + math.log(1 - alpha)))
+    if kind in ("forward_kl", "topk_tail_forward", "topk_renorm_forward"):
+        return q * (log_q - log_p)
+    assert kind in ("reverse_kl", "topk_tail_reverse", "topk_renorm_reverse"), kind
+    return p * (log_p - log_q)
 
 
 def class_logp(logp_TV, ids_TK, *, tail):
@@ -68,6 +70,11 @@ def class_logp(logp_TV, ids_TK, *, tail):
     if not tail or ids_TK.size(1) == logp_TV.size(1):  # of all ids, nothing is left
         return F.log_softmax(picked, -1)
     return torch.cat([picked, logp_TV.scatter(1, ids_TK, -math.inf).logsumexp(-1, keepdim=True)], -1)
+
+
+def same_counts(clipped_T, expected_T):
+    """Return whether the counts of clipped entries are the expected ones, or both are None: there was no clip."""
+    return clipped_T is expected_T is None or torch.equal(clipped_T.long(), expected_T)
 
 
 def relative_error(value, reference):

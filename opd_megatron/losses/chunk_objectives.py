@@ -12,7 +12,6 @@ import torch
 from opd_megatron.losses import triton_divergence
 from opd_megatron.losses.class_divergence import ClassDivergence
 from opd_megatron.losses.full_divergence import (
-    ChunkDivergence,
     Divergence,
     Evaluated,
     RowNorms,
@@ -27,16 +26,22 @@ from opd_megatron.losses.vocab_parallel import Scratch, ShardSoftmax, VocabShard
 
 
 class ChunkLoss(NamedTuple):
-    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, and the scaled gradient in the student's logits."""
+    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, the clipped entries, and the student logits' scaled gradient."""
 
     value_N: torch.Tensor
     entropy_N: torch.Tensor
     picked_logp_N: torch.Tensor | None
+    clipped_N: torch.Tensor | None
     grad_NW: torch.Tensor | None
 
 
 class ChunkObjective(Protocol):
     """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits, times `scale_N`; None without it."""
+
+    @property
+    def counts_clipped(self) -> bool:
+        """Whether `clipped_N` is counted."""
+        ...
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss: ...
 
@@ -50,6 +55,10 @@ class DivergenceObjective:
     divergence: Divergence | ClassDivergence
     temperature: float
     sampled_ids_T: torch.Tensor | None
+
+    @property
+    def counts_clipped(self) -> bool:
+        return self.divergence.pointwise_clip is not None
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         dtype = student.logp_TW.dtype
@@ -92,7 +101,8 @@ class DivergenceObjective:
             own = own.relative_to(norms.student_max_T, norms.teacher_max_T)
             terms = triton_divergence.term_sums(divergence, *logits, norms)
             sums = shard.sum(*terms, own.entropy_moment_N, *self._picked(student, rows, shard, -own.student_max_N))
-            evaluated = Evaluated(ChunkDivergence(sums[0], sums[1]), norms, sums[2:], student_mass_N)
+            chunk, riders_N = divergence.from_sums(sums)
+            evaluated = Evaluated(chunk, norms, riders_N, student_mass_N)
         correction_N = evaluated.chunk.correction_T
         grad_NW = None if scale_N is None else triton_divergence.gradient_(divergence, *logits, evaluated.norms, correction_N, scale_N)
         return _chunk_loss(evaluated, grad_NW)
@@ -108,7 +118,7 @@ class DivergenceObjective:
         if picked_N:
             logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(chunk.student_lse_N == -math.inf, -math.inf).masked_fill_(picked_N[1] == 0, math.nan)
         gradient_NW = None if scale_N is None else divergence.gradient(student.prob_TW, chunk, shard).mul_(scale_N[:, None])
-        return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW)
+        return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, chunk.clipped_N, gradient_NW)
 
 
 def _chunk_loss(evaluated: Evaluated, grad_NW: torch.Tensor | None) -> ChunkLoss:
@@ -116,7 +126,7 @@ def _chunk_loss(evaluated: Evaluated, grad_NW: torch.Tensor | None) -> ChunkLoss
     moment_N, *picked_N = evaluated.riders_T
     mass_N = evaluated.student_mass_T
     logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
-    return ChunkLoss(evaluated.chunk.value_T, entropy(moment_N, mass_N), logp_N, grad_NW)
+    return ChunkLoss(evaluated.chunk.value_T, entropy(moment_N, mass_N), logp_N, evaluated.chunk.clipped_T, grad_NW)
 
 
 @dataclass(frozen=True)
@@ -125,13 +135,17 @@ class CrossEntropyObjective:
 
     target_ids_T: torch.Tensor
 
+    @property
+    def counts_clipped(self) -> bool:
+        return False
+
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         target_ids_N = self.target_ids_T[rows]
         student.shift_(*shard.max(student.local_max()))
         mass_N, moment_N, logit_N, owners_N = shard.sum(student.mass(), student.entropy_moment(), *student.owned_logit(target_ids_N, shard))
         logp_N = picked_logp(logit_N, owners_N, mass_N)
         grad_NW = None if scale_N is None else self._gradient(student, mass_N, target_ids_N, shard).mul_(scale_N[:, None])
-        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, grad_NW)
+        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, None, grad_NW)
 
     @staticmethod
     def _gradient(student: ShardSoftmax, mass_N: torch.Tensor, target_ids_N: torch.Tensor, shard: VocabShard) -> torch.Tensor:

@@ -38,7 +38,8 @@ DEFAULT_TOP_K = 64
 class ClassChunk(NamedTuple):
     """Divergence of one chunk's rows; the ids and the gradient G of their classes; and what the student's softmax over the rest needs.
 
-    On this rank, t_v = rest_scale exp(z_v - own_max). These two are the rank's own; all else is the same on every rank.
+    On this rank, t_v = rest_scale exp(z_v - own_max). These two are the rank's own; all else is the same on every rank. `clipped_N` is how many
+    classes exceed the clip; None without a clip.
     """
 
     value_N: torch.Tensor
@@ -48,6 +49,7 @@ class ClassChunk(NamedTuple):
     rest_scale_N: torch.Tensor
     student_lse_N: torch.Tensor
     student_entropy_N: torch.Tensor
+    clipped_N: torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,21 +121,21 @@ class ClassDivergence:
         lse_N = student_classes.logsumexp(-1)
         entropy_N = _entropy(student_classes - lse_N[:, None], rest_mass_N, moment_N).masked_fill_(lse_N == -math.inf, 0)
         num_classes = num_picked + self.counts_rest
-        value_N, grad_NC = self._over_classes(student_classes[:, :num_classes].clone(), teacher_classes[:, :num_classes].clone())
+        value_N, grad_NC, clipped_N = self._over_classes(student_classes[:, :num_classes].clone(), teacher_classes[:, :num_classes].clone())
         if self.kind in SAMPLED_KINDS:
             # A sampled id that no rank holds is the caller's error. A top-k one stands for a vocabulary of fewer than K ids: a class without mass.
             value_N.masked_fill_(nobody_KN[0], math.nan)
             grad_NC.masked_fill_(nobody_KN[0][:, None], math.nan)
         rest_scale_N = (moved_maximum(own_max_N, student_max_N).exp() / rest_mass_N).masked_fill_(rest_mass_N == 0, 0)
-        chunk = ClassChunk(value_N, ids_NK, grad_NC, own_max_N, rest_scale_N, student_shift_N + lse_N, entropy_N)
+        chunk = ClassChunk(value_N, ids_NK, grad_NC, own_max_N, rest_scale_N, student_shift_N + lse_N, entropy_N, clipped_N)
         return chunk, tuple(picked[3 * num_picked :])
 
-    def _over_classes(self, student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the divergence and its gradient in the class logits: replicated arithmetic, nothing is sent."""
+    def _over_classes(self, student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the divergence, its gradient in the class logits and, with a clip, the number of clipped classes: replicated arithmetic, nothing is sent."""
         student, teacher, whole = ShardSoftmax(student_NC), ShardSoftmax(teacher_NC), VocabShard(0, student_NC.size(1), None)
         if self.kind not in SAMPLED_KINDS:
             chunk = self._full.evaluate_(student, teacher, whole).chunk
-            return chunk.value_T, self._full.gradient(student, teacher, chunk)
+            return chunk.value_T, self._full.gradient(student, teacher, chunk), chunk.clipped_T
         shift_to_max_(student, teacher, whole)
         masses = live_masses(student.mass(), teacher.mass())
         student.normalise_(masses[0])
@@ -144,7 +146,7 @@ class ClassDivergence:
         value_N = -log_ratio_N if self.kind == "k1" else log_ratio_N.expm1() - log_ratio_N
         dead_N = torch.isinf(masses[0])
         rest_N = (slope_N * student.prob_TW[:, 1]).masked_fill(dead_N, 0)
-        return value_N.masked_fill(dead_N, 0), torch.stack([rest_N, -rest_N], -1)
+        return value_N.masked_fill(dead_N, 0), torch.stack([rest_N, -rest_N], -1), None
 
     def gradient(self, rest_NW: torch.Tensor, chunk: ClassChunk, shard: VocabShard) -> torch.Tensor:
         """Return dL/dz of this rank's columns from the exponentials of the rest, in their storage: no collective."""

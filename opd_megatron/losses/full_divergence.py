@@ -28,11 +28,15 @@ DEFAULT_ALPHA = 0.1
 
 
 class ChunkDivergence(NamedTuple):
-    """Divergence of the rows of one chunk and what its gradient needs. `slope_TW` is kept only where the forward had to build it."""
+    """Divergence of the rows of one chunk and what its gradient needs. `slope_TW` is kept only where the forward had to build it.
+
+    `clipped_T` is how many entries' summands exceed the clip, over the whole vocabulary; None without a clip.
+    """
 
     value_T: torch.Tensor
     correction_T: torch.Tensor
     slope_TW: torch.Tensor | None = None
+    clipped_T: torch.Tensor | None = None
 
 
 class RowNorms(NamedTuple):
@@ -129,11 +133,21 @@ class Divergence:
         own_riders_T = riders(moved_T, own_mass_T)
         student.normalise_(norms.student_mass_T, moved_T)
         teacher.normalise_(norms.teacher_mass_T, moved_maximum(maxima[1], norms.teacher_max_T))
-        summand_TW, slope_TW = self._terms(student, teacher)
-        if self.pointwise_clip is not None:
+        summand_TW, slope_TW, clipped_TW = self._terms(student, teacher)
+        own_clipped_T: tuple[torch.Tensor, ...] = ()
+        if clipped_TW is not None:
             summand_TW = summand_TW.clamp(max=self.pointwise_clip)
-        value_T, correction_T, *riders_T = shard.sum(summand_TW.sum(-1), slope_TW.sum(-1), *own_riders_T)
-        return Evaluated(ChunkDivergence(value_T, correction_T, slope_TW), norms, tuple(riders_T), student_mass_T)
+            # Counted as integers, at half the time on CPU.
+            own_clipped_T = (clipped_TW.sum(-1, dtype=torch.int32).to(summand_TW.dtype),)
+        sums = shard.sum(summand_TW.sum(-1), slope_TW.sum(-1), *own_clipped_T, *own_riders_T)
+        chunk, others_T = self.from_sums(sums, slope_TW)
+        return Evaluated(chunk, norms, others_T, student_mass_T)
+
+    def from_sums(self, sums_T: tuple[torch.Tensor, ...], slope_TW: torch.Tensor | None = None) -> tuple[ChunkDivergence, tuple[torch.Tensor, ...]]:
+        """Return the divergence from the sums of summands and slopes, with a clip the number of clipped entries, and the riders that follow them."""
+        value_T, correction_T, *others_T = sums_T
+        clipped_T = None if self.pointwise_clip is None else others_T.pop(0)
+        return ChunkDivergence(value_T, correction_T, slope_TW, clipped_T), tuple(others_T)
 
     def _moment(self, student: ShardSoftmax, teacher: ShardSoftmax) -> torch.Tensor:
         return kl_moment(student, teacher) if self.kind == "reverse_kl" else kl_moment(teacher, student)
@@ -154,8 +168,8 @@ class Divergence:
             slope_TW = torch.neg(teacher.prob_TW, out=student.product()) if only_teacher else self._terms(student, teacher)[1]
         return slope_TW.addcmul_(student.prob_TW, chunk.correction_T[:, None], value=-1)
 
-    def _terms(self, student: ShardSoftmax, teacher: ShardSoftmax) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summand, not yet clipped, and the slope, 0 where the summand is clipped, of every vocabulary entry."""
+    def _terms(self, student: ShardSoftmax, teacher: ShardSoftmax) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return of every vocabulary entry the summand, not yet clipped, the slope, 0 where the summand is clipped, and with a clip whether it is."""
         # dL/dp = a + c with a constant c has the gradient of dL/dp = a: over all entries, c cancels against the correction. Leaving it out
         # keeps the precision of a small divergence. Over the unclipped entries alone it does not cancel.
         constant = 0.0
@@ -174,8 +188,9 @@ class Divergence:
             summand_TW, slope_TW = (_skew_forward_terms if forward else _skew_reverse_terms)(student, teacher, self.alpha)
             constant = self.alpha - 1 if forward else 1 - self.alpha
         if self.pointwise_clip is None:
-            return summand_TW, slope_TW
-        return summand_TW, slope_TW.add(student.prob_TW, alpha=constant).masked_fill_(summand_TW > self.pointwise_clip, 0)
+            return summand_TW, slope_TW, None
+        clipped_TW = summand_TW > self.pointwise_clip
+        return summand_TW, slope_TW.add(student.prob_TW, alpha=constant).masked_fill_(clipped_TW, 0), clipped_TW
 
 
 def _mixture(gap_TW: torch.Tensor, teacher_share: float, student: ShardSoftmax) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

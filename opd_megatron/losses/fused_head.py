@@ -23,13 +23,17 @@ _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class FusedDivergence:
-    """Weighted sum of the tokens' losses, differentiable, with its weight total; and detached per-token values for every row, kept or not."""
+    """Weighted sum of the tokens' losses, differentiable, with its weight total; and detached per-token values for every row, kept or not.
+
+    `clipped_T` is how many vocabulary entries (classes, for the top-k kinds) `pointwise_clip` clips, a whole number; None without a clip.
+    """
 
     loss_sum: torch.Tensor
     weight_sum: torch.Tensor
     divergence_T: torch.Tensor
     student_entropy_T: torch.Tensor
     sampled_logp_T: torch.Tensor | None
+    clipped_T: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,16 @@ class _FusedHead(torch.autograd.Function):
         chunk_tokens: int | None,
         grad_enabled: bool,
         accumulate_main_grad: bool,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the loss sum and, detached, each token's loss, entropy and picked log-probability [T]; saved are the sum's gradients [T, H] and [W, H]."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the loss sum and, detached, each token's loss, entropy, picked log-probability and clipped entries [T].
+
+        Saved are the sum's gradients [T, H] and [W, H].
+        """
         needs_hidden, needs_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
         grad_WH = torch.zeros_like(head_WH, dtype=weight_T.dtype) if needs_head else None
         value_T, entropy_T, picked_logp_T = (torch.empty_like(weight_T) for _ in range(3))
+        clipped_T = torch.empty_like(weight_T) if objective.counts_clipped else None
         scratch = Scratch()
         chunks = list(token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
         for rows, num_kept in zip(chunks, _num_kept(weight_T, chunks)):
@@ -71,14 +79,16 @@ class _FusedHead(torch.autograd.Function):
             value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
             if chunk.picked_logp_N is not None:
                 picked_logp_T[rows] = chunk.picked_logp_N
+            if clipped_T is not None and chunk.clipped_N is not None:
+                clipped_T[rows] = chunk.clipped_N
             if chunk.grad_NW is not None:
                 dropped_some = num_kept < chunk.grad_NW.size(0)
                 _add_gradients(chunk.grad_NW, rows, weight_T[rows] if dropped_some else None, hidden_TH, head_WH, grad_TH, grad_WH)
         ctx.save_for_backward(grad_TH, grad_WH)
         ctx.head_dtype, ctx.head_WH = head_WH.dtype, head_WH if accumulate_main_grad else None
-        ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T)
+        ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T, *(() if clipped_T is None else (clipped_T,)))
         # The loss of a dropped token may be anything, even NaN (a label outside the vocabulary): it is left out, not multiplied by 0.
-        return (weight_T * value_T).masked_fill_(weight_T == 0, 0).sum(), value_T, entropy_T, picked_logp_T
+        return (weight_T * value_T).masked_fill_(weight_T == 0, 0).sum(), value_T, entropy_T, picked_logp_T, clipped_T
 
     @staticmethod
     @once_differentiable
@@ -231,10 +241,10 @@ def _fused_head(
     if accumulate_main_grad:
         _require_main_grad(head_WH, dtype)
     with _exact_products(hidden_TH):
-        loss_sum, value_T, entropy_T, picked_logp_T = _FusedHead.apply(
+        loss_sum, value_T, entropy_T, picked_logp_T, clipped_T = _FusedHead.apply(
             hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
         )
-    return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None)
+    return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None, clipped_T)
 
 
 def _exact_products(hidden_TH: torch.Tensor) -> torch.autocast:

@@ -64,17 +64,16 @@ def row_statistics(student_NW: torch.Tensor, teacher_NW: torch.Tensor) -> RowSta
     return RowStatistics(*out_7N)
 
 
-def term_sums(divergence: Divergence, student_NW: torch.Tensor, teacher_NW: torch.Tensor, norms: RowNorms) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return this rank's part of the divergence and of the sum of slopes, by adding up the vocabulary's entries."""
+def term_sums(divergence: Divergence, student_NW: torch.Tensor, teacher_NW: torch.Tensor, norms: RowNorms) -> tuple[torch.Tensor, ...]:
+    """Return this rank's part of the divergence, of the sum of slopes and, with a clip, of the number of clipped entries, by adding up its entries."""
     from opd_megatron.losses.triton_kernels import term_sums_kernel
 
     num_rows, num_columns = student_NW.shape
-    out_2N = student_NW.new_empty((2, num_rows))
+    settings = _settings(divergence)
+    out_KN = student_NW.new_empty((3 if settings["CLIPPED"] else 2, num_rows))
     if num_rows:
-        term_sums_kernel[(num_rows,)](
-            student_NW, teacher_NW, torch.stack(norms), out_2N, num_rows, num_columns, **_settings(divergence), **launch_options(num_columns)
-        )
-    return out_2N[0], out_2N[1]
+        term_sums_kernel[(num_rows,)](student_NW, teacher_NW, torch.stack(norms), out_KN, num_rows, num_columns, **settings, **launch_options(num_columns))
+    return out_KN.unbind()
 
 
 def gradient_(

@@ -53,18 +53,24 @@ def row_statistics_kernel(student, teacher, out, num_rows, num_columns, BLOCK: t
 
 @triton.jit
 def term_sums_kernel(student, teacher, norms, out, num_rows, num_columns, share, clip, KIND: tl.constexpr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the sum of the summands and the sum of the slopes of every row."""
+    """Write the sum of the summands and the sum of the slopes of every row, and where entries are clipped, their number."""
     row = tl.program_id(0).to(tl.int64)
     value = 0.0
     correction = 0.0
+    clipped = 0.0
     for first in range(0, num_columns, BLOCK):
         s, t = _load_pair(student, teacher, row, first, num_columns, BLOCK)
         p, logp, q, logq = _normalised(s, t, norms, row, num_rows)
         summand, slope = _terms(p, logp, q, logq, share, clip, KIND, CLIPPED)
+        if CLIPPED:
+            clipped += tl.sum((summand > clip).to(tl.float32), 0)
+            summand = tl.minimum(summand, clip)
         value += tl.sum(summand, 0)
         correction += tl.sum(slope, 0)
     tl.store(out + row, value)
     tl.store(out + num_rows + row, correction)
+    if CLIPPED:
+        tl.store(out + 2 * num_rows + row, clipped)
 
 
 @triton.jit
@@ -105,7 +111,7 @@ def _normalised(s, t, norms, row, num_rows):
 
 @triton.jit
 def _terms(p, logp, q, logq, share, clip, KIND: tl.constexpr, CLIPPED: tl.constexpr):
-    """Return the summand and the slope of every entry, as `Divergence._terms`: constants of dL/dp are left out unless entries are clipped."""
+    """Return the summand, not yet clipped, and the slope of every entry, as `Divergence._terms`: constants of dL/dp are left out unless entries are clipped."""
     gap = logq - logp
     if KIND == "reverse_kl":
         summand = _times_log(p, -gap)
@@ -132,7 +138,6 @@ def _terms(p, logp, q, logq, share, clip, KIND: tl.constexpr, CLIPPED: tl.conste
         constant = 1.0 - share
     if CLIPPED:
         slope = tl.where(summand > clip, 0.0, slope + constant * p)
-        summand = tl.minimum(summand, clip)
     return summand, slope
 
 

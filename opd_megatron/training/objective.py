@@ -46,6 +46,11 @@ class Distillation:
     # Whether the sampled tokens' log-probabilities are recomputed, to be compared with those the sampler saw.
     recompute_logp: bool = False
 
+    @property
+    def counts_clipped(self) -> bool:
+        """Whether the results tell how many entries of the vocabulary were clipped."""
+        return self.loss.pointwise_clip is not None
+
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
         assert self.teacher_head_WG is not None
         assert micro_batch.teacher_hidden_TG is not None, "scores arrive on the last stage"
@@ -94,6 +99,10 @@ class SupervisedFineTuning:
     loss: LossConfig
     vocab_size: int
     tp_group: dist.ProcessGroup
+
+    @property
+    def counts_clipped(self) -> bool:
+        return False
 
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
         return fused_head_cross_entropy(

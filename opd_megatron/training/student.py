@@ -37,8 +37,16 @@ from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gr
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipCounts:
+    """How many vocabulary entries the loss clipped, and how many tokens have at least one such entry."""
+
+    entries: float
+    tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """Sums over every position of the step that is trained on, equal on all ranks; the means divide once, here."""
+    """Sums over every position of the step that is trained on, equal on all ranks; the means divide once, here. `clipped` is None without a clip."""
 
     loss: float
     divergence: float
@@ -46,6 +54,7 @@ class LossSums:
     drift: float
     drift_max: float
     tokens: float
+    clipped: ClipCounts | None
 
     def per_token(self, total: float) -> float:
         return total / self.tokens if self.tokens else 0.0
@@ -120,7 +129,7 @@ class Student:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._world_sums(self._run_schedule(micro_batches, partial(self._loss, objective), forward_only=False))
+        sums = self._world_sums(self._run_schedule(micro_batches, partial(self._loss, objective), forward_only=False), objective)
         norm = gradient_norm(self.optimizer)
         self.scheduler.step(increment=1)
         # A step without a single kept token has no gradient; Adam's momentum alone must not move the weights.
@@ -133,7 +142,7 @@ class Student:
 
     def measure(self, micro_batches: MicroBatches, objective: Objective) -> LossSums:
         """Return the sums without gradients or update."""
-        return self._world_sums(self._forward_only(micro_batches, partial(self._loss, objective)))
+        return self._world_sums(self._forward_only(micro_batches, partial(self._loss, objective)), objective)
 
     def statistics(self, micro_batches: MicroBatches, objective: Distillation, temperature: float) -> TokenStatistics:
         """Return entropy and divergences of every response token of the step, samples in order, the same on every rank."""
@@ -209,24 +218,25 @@ class Student:
             return whole_SBH.transpose(0, 1).flatten(0, 1)[micro_batch.batch.scored_T]
         return copy_to_tensor_model_parallel_region(hidden_BSH.flatten(0, 1)[micro_batch.batch.scored_T], group=tp_group)
 
-    def _world_sums(self, results: Sequence[torch.Tensor]) -> LossSums:
+    def _world_sums(self, results: Sequence[torch.Tensor], objective: Objective) -> LossSums:
         """Add the sums of all replicas; every rank ends with the same numbers. Tensor ranks hold equal sums, so one of them speaks."""
-        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(_NUM_SUMS + (_NUM_CLIP_COUNTS if objective.counts_clipped else 0), dtype=torch.float64, device=self.device)
         largest = torch.zeros(1, dtype=torch.float64, device=self.device)
         if self.groups.is_last_stage and self.groups.tensor_rank == 0 and results:
             stacked = torch.stack(list(results))
             sums, largest = stacked[:, :-1].sum(0), stacked[:, -1].max().reshape(1)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        loss, divergence, entropy, drift, tokens = sums.tolist()
-        return LossSums(loss=loss, divergence=divergence, entropy=entropy, drift=drift, drift_max=float(largest), tokens=tokens)
+        loss, divergence, entropy, drift, tokens, *counts = sums.tolist()
+        clipped = ClipCounts(entries=counts[0], tokens=counts[1]) if counts else None
+        return LossSums(loss=loss, divergence=divergence, entropy=entropy, drift=drift, drift_max=float(largest), tokens=tokens, clipped=clipped)
 
 
-_NUM_SUMS = 5
+_NUM_SUMS, _NUM_CLIP_COUNTS = 5, 2
 
 
 def _detached_sums(result: FusedDivergence, micro_batch: MicroBatch) -> torch.Tensor:
-    """Return [loss, divergence, entropy, drift, tokens, largest drift] of one micro-batch.
+    """Return [loss, divergence, entropy, drift, tokens, largest drift] of one micro-batch, with a clip [clipped entries, clipped tokens] before the last.
 
     Drift is |log-probability when sampled - when recomputed|: the same weights wrote and score, so it shows numerical disagreement only.
     """
@@ -236,4 +246,5 @@ def _detached_sums(result: FusedDivergence, micro_batch: MicroBatch) -> torch.Te
         drift = torch.cat([drift, drift_T[~drift_T.isnan()]])
     tokens = float(result.divergence_T.numel())
     parts = [result.loss_sum.detach(), result.divergence_T.double().sum(), result.student_entropy_T.double().sum(), drift.sum()]
-    return torch.stack([*(part.double().reshape(()) for part in parts), drift.new_tensor(tokens), drift.max()])
+    clipped = [] if result.clipped_T is None else [result.clipped_T.double().sum(), result.clipped_T.count_nonzero().double()]
+    return torch.stack([*(part.double().reshape(()) for part in parts), drift.new_tensor(tokens), *clipped, drift.max()])

@@ -126,6 +126,7 @@ class Trainer:
             "skipped_steps": self.progress.skipped_steps,
             "rollout_drift_mean": sums.per_token(sums.drift),
             "rollout_drift_max": sums.drift_max,
+            **_clip_metrics(sums),
             "padding_share": 1 - sum(rollouts.num_tokens) / self.student.batches.plan(rollouts.num_tokens).num_positions,
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
             "payload_gathered_bytes_per_token": gathered_bytes / max(1, response_tokens),
@@ -171,3 +172,10 @@ class Trainer:
         peaks = torch.tensor(list(self._peak_bytes.values()), dtype=torch.int64, device=self.student.device)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         return dict(zip(self._peak_bytes, peaks.tolist(), strict=True))
+
+
+def _clip_metrics(sums: LossSums) -> dict[str, float]:
+    """Return the share of tokens with a clipped entry and the clipped entries per token; nothing without a clip."""
+    if sums.clipped is None:
+        return {}
+    return {"clip_fraction": sums.per_token(sums.clipped.tokens), "clipped_entries_mean": sums.per_token(sums.clipped.entries)}

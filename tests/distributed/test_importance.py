@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_megatron.config import ImportanceConfig, ParallelLayout, PositionWeightsConfig, RunConfig
+from opd_megatron.config import ImportanceConfig, LossConfig, ParallelLayout, PositionWeightsConfig, RunConfig
 from tests.distributed.test_training import _config, _job, _metrics, _state, _with_teacher, models, recorded
 from tests.pool import RankPool
-from tests.reference_losses import naive_divergence
+from tests.reference_losses import naive_clipped, naive_divergence
 
 __all__ = ["models", "recorded"]
 
@@ -56,16 +56,23 @@ def _weighing(rule: str, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rule", [rule if rule == "soft_or_topk" else pytest.param(rule, marks=pytest.mark.slow) for rule in RULES])
 def test_every_layout_keeps_the_same_tokens(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, rule: str) -> None:
-    """Position weights join one of the rules. Kept shares are of few tokens, so that one token more or less shows."""
+    """Position weights and a clip join one of the rules. Kept shares are of few tokens, so that one token more or less shows."""
     weighing = _weighing(rule, **RULES[rule])
+    if rule == "soft_or_topk":
+        weighing["loss"] = LossConfig(pointwise_clip=0.005)
     base = dataclasses.replace(_config(models).training, steps=2)
     reference = _steps(pool, _replaying(_config(models), recorded, training=base, **weighing), tmp_path / "one")
     assert all(0.2 < step["kept_fraction"] < 0.6 for step in reference)
+    if "loss" in weighing:
+        clipped_N = pool.run(_clipped_of_kept_tokens, _replaying(_config(models), recorded, **weighing), recorded, world_size=1)[0]
+        assert 0 < reference[0]["clip_fraction"] == float((clipped_N > 0).double().mean()) < 1
+        assert reference[0]["clipped_entries_mean"] == float(clipped_N.double().mean()) > reference[0]["clip_fraction"]
     for name, (student, teacher, training, world_size) in LAYOUTS.items():
         config = _with_teacher(_config(models, **student), **teacher)
         config = _replaying(dataclasses.replace(config, training=dataclasses.replace(base, **training)), recorded, **weighing)
         for ours, theirs in zip(_steps(pool, config, tmp_path / name, world_size), reference, strict=True):
-            assert ours["kept_fraction"] == theirs["kept_fraction"], (name, ours["step"])
+            for key in ("kept_fraction", "clip_fraction", "clipped_entries_mean"):
+                assert ours.get(key) == theirs.get(key), (name, key, ours["step"])
             for key in ("loss", "grad_norm", "divergence", "reverse_kl_kept", "entropy_median", "quadrant_1_kept_share"):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (name, key, ours["step"])
 
@@ -94,9 +101,33 @@ def _one_step(config: RunConfig, recorded: Path) -> Iterator[tuple[Any, Any, Any
         yield student, objective, student.micro_batches(rollouts, teacher.score(rollouts))
 
 
+def _unfused_logits(student: Any, objective: Any, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both models' logits [T, V] of every response token."""
+    from opd_megatron.models.gpt import head_weight, hidden_states_only
+
+    tokens_BS = micro_batch.batch.tokens_BS
+    with hidden_states_only(student.model):
+        hidden_BSH = student.model.last(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
+    logits_TV = (hidden_BSH.flatten(0, 1)[micro_batch.batch.scored_T] @ head_weight(student.model).t())[:, :263]
+    return logits_TV.double(), (micro_batch.teacher_hidden_TG @ objective.teacher_head_WG.t())[:, :263].double()
+
+
+def _clipped_of_kept_tokens(config: RunConfig, recorded: Path) -> torch.Tensor:
+    """Return how many vocabulary entries are clipped of each kept token of step 1."""
+    from opd_megatron.training.importance import Importance
+
+    with _one_step(config, recorded) as (student, objective, whole):
+        weighed, _ = Importance(config=config, vocab_size=263).weigh(student, whole, objective, step=1)
+        counts = []
+        for micro_batch in whole:
+            logits = _unfused_logits(student, objective, micro_batch)
+            clipped_T = naive_clipped(*logits, kind=config.loss.kind, pointwise_clip=config.loss.pointwise_clip)
+            counts.append(clipped_T[weighed.weight_N[micro_batch.token_T] != 0])
+    return torch.cat(counts)
+
+
 def _gradients(config: RunConfig, recorded: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
     """Return the gradients of one weighed step, those of an unfused loss in which dropped rows are masked, and the number of kept tokens."""
-    from opd_megatron.models.gpt import head_weight, hidden_states_only
     from opd_megatron.training.importance import Importance
 
     with _one_step(config, recorded) as (student, objective, whole):
@@ -108,12 +139,7 @@ def _gradients(config: RunConfig, recorded: Path) -> tuple[dict[str, torch.Tenso
         student.ddp[0].zero_grad_buffer()
         loss, num_kept = torch.zeros((), dtype=torch.float64), int((weighed.weight_N != 0).sum())
         for micro_batch in whole:
-            tokens_BS = micro_batch.batch.tokens_BS
-            with hidden_states_only(student.model):
-                hidden_BSH = student.model.last(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
-            logits_TV = (hidden_BSH.flatten(0, 1)[micro_batch.batch.scored_T] @ head_weight(student.model).t())[:, :263]
-            teacher_TV = (micro_batch.teacher_hidden_TG @ objective.teacher_head_WG.t())[:, :263]
-            divergence_T = naive_divergence(logits_TV.double(), teacher_TV.double(), kind=config.loss.kind)
+            divergence_T = naive_divergence(*_unfused_logits(student, objective, micro_batch), kind=config.loss.kind)
             loss = loss + (divergence_T * weighed.weight_N[micro_batch.token_T]).sum() / num_kept
         for parameter in named.values():
             parameter.grad = None
@@ -179,6 +205,7 @@ def test_position_weights_in_training_are_those_of_the_formula(models: Path, rec
     assert step["loss"] == pytest.approx(float(by_hand), rel=1e-5)
     assert step["position_weight_mean"] == pytest.approx(float(torch.cat(weights).mean()), rel=1e-5)
     assert step["kept_fraction"] == 1
+    assert not any(key.startswith("clip") for key in step), "no clip was asked for"
 
 
 def _divergences(config: RunConfig, recorded: Path) -> torch.Tensor:

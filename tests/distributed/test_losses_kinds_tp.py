@@ -3,13 +3,25 @@
 Not covered here: the options and edge cases that do not depend on the split (tests/unit/test_losses_kinds.py), and NCCL.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from opd_megatron.losses import fused_head_divergence, vocab_parallel_divergence
 from tests.distributed.test_losses_tp import NUM_COLUMNS, NUM_TOKENS, VOCAB_SIZES, count_collectives, logits_pair, shard_slice, split_group, whole_problem
-from tests.reference_losses import SAMPLED_KINDS, SKEW_KINDS, TOLERANCE, TOP_K_KINDS, naive_divergence, relative_error_or_zero, with_ids
+from tests.reference_losses import (
+    SAMPLED_KINDS,
+    SKEW_KINDS,
+    TOLERANCE,
+    TOP_K_KINDS,
+    naive_clipped,
+    naive_divergence,
+    relative_error_or_zero,
+    same_counts,
+    with_ids,
+)
 from tests.unit.test_losses_kinds import CASES
 
 
@@ -51,7 +63,8 @@ def fused_errors(tp_size, dtype):
         models, weight_T = whole_problem(dtype)
         options = with_ids(case, NUM_TOKENS, 48)
         leaves = [tensor.double().requires_grad_() for tensor in models[:2]]
-        expected_T = naive_divergence(leaves[0] @ leaves[1][:48].T, models[2].double() @ models[3][:48].double().T, **options)
+        logits = (leaves[0] @ leaves[1][:48].T, models[2].double() @ models[3][:48].double().T)
+        expected_T = naive_divergence(*logits, **options)
         expected_hidden, expected_head = torch.autograd.grad((expected_T * weight_T).sum(), leaves)
         hidden, head = models[0].requires_grad_(), models[1][columns].clone().requires_grad_()
         shared = {"tp_group": group, "token_weight_T": weight_T, "vocab_size": 48, "chunk_tokens": 8}
@@ -60,7 +73,7 @@ def fused_errors(tp_size, dtype):
         dist.all_reduce(grad_hidden, group=group)
         head_error = (grad_head.double() - expected_head[columns]).norm() / expected_head.norm().clamp_min(1e-30)
         errors = [relative_error_or_zero(*pair) for pair in ((result.divergence_T, expected_T.detach()), (grad_hidden, expected_hidden))]
-        results.append((case, *errors, head_error.item()))
+        results.append((case, same_counts(result.clipped_T, naive_clipped(*logits, **case)), *errors, head_error.item()))
     return results
 
 
@@ -69,7 +82,8 @@ def fused_errors(tp_size, dtype):
 def test_fused_head_does_not_depend_on_the_split(pool, tp_size, dtype):
     """Vocabulary of 48: on 4 ranks the last one holds only padding."""
     for rank_results in pool.run(fused_errors, tp_size, dtype, world_size=4):
-        for case, value_error, hidden_error, head_error in rank_results:
+        for case, counted, value_error, hidden_error, head_error in rank_results:
+            assert counted, case
             assert value_error < TOLERANCE[torch.float32], case
             assert max(hidden_error, head_error) < TOLERANCE[dtype], case
 
@@ -113,15 +127,15 @@ def test_a_model_does_not_diverge_from_itself(pool, scale):
 
 
 def collective_counts():
-    """Return the collectives of each kind's forward, unfused and fused per chunk, and those of all backwards together."""
+    """Return the collectives of each kind's forward, unfused and fused per chunk, with a clip and without, and those of all backwards together."""
     group = split_group(4)
     columns = shard_slice(group)
     models, _ = whole_problem()
     hidden, head = models[0].requires_grad_(), models[1][columns].clone().requires_grad_()
     logits = [tensor[:, columns].clone().requires_grad_() for tensor in logits_pair()[:2]]
     losses, forwards = [], {}
-    for kind in (*SKEW_KINDS, *TOP_K_KINDS, *SAMPLED_KINDS):
-        options = with_ids({"kind": kind, "tp_group": group, "vocab_size": 55}, NUM_TOKENS, 55)
+    for kind, clip in [*itertools.product((*SKEW_KINDS, *TOP_K_KINDS), (None, 0.1)), *((kind, None) for kind in SAMPLED_KINDS)]:
+        options = with_ids({"kind": kind, "pointwise_clip": clip, "tp_group": group, "vocab_size": 55}, NUM_TOKENS, 55)
 
         def unfused(options=options):
             losses.append(vocab_parallel_divergence(*logits, **options).sum())
@@ -129,12 +143,12 @@ def collective_counts():
         def fused(options=options):
             losses.append(fused_head_divergence(hidden, head, models[2], models[3][columns], chunk_tokens=NUM_TOKENS // 3, **options).loss_sum)
 
-        forwards[kind] = (count_collectives(unfused), count_collectives(fused) / 3)
+        forwards[kind, clip] = (count_collectives(unfused), count_collectives(fused) / 3)
     return forwards, count_collectives(lambda: [loss.backward() for loss in losses])
 
 
 def test_two_collectives_per_chunk_one_for_sampled_tokens_and_none_in_the_backward(pool):
-    expected = dict.fromkeys((*SKEW_KINDS, *TOP_K_KINDS), (2, 2)) | dict.fromkeys(SAMPLED_KINDS, (1, 1))
+    expected = {(kind, clip): (2, 2) for kind in (*SKEW_KINDS, *TOP_K_KINDS) for clip in (None, 0.1)} | {(kind, None): (1, 1) for kind in SAMPLED_KINDS}
     for forwards, backwards in pool.run(collective_counts, world_size=4):
         assert forwards == expected
         assert backwards == 0

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from opd_megatron.losses import fused_head_cross_entropy, fused_head_divergence, token_statistics, triton_divergence, vocab_parallel_divergence
 from opd_megatron.losses.class_divergence import ALL_KINDS, SAMPLED_KINDS
-from tests.reference_losses import TOLERANCE, head_problem, naive_divergence, relative_error_or_zero
+from tests.reference_losses import TOLERANCE, head_problem, naive_clipped, naive_divergence, relative_error_or_zero, same_counts
 
 NUM_TOKENS, NUM_COLUMNS = 21, 64
 CASES = [
@@ -109,7 +109,7 @@ def test_shards_of_uneven_width(pool, widths):
 
 
 def fused_errors(tp_size, dtype, vocab_sizes=VOCAB_SIZES):
-    """Return the errors of the fused head's divergence, loss, hidden gradient summed over the group, head gradient, and gradient on padding."""
+    """Return whether the fused head counts what is clipped, and the errors of its divergence, loss, hidden gradient summed over the group and head gradient."""
     group = split_group(tp_size)
     columns = shard_slice(group)
     results = []
@@ -118,7 +118,8 @@ def fused_errors(tp_size, dtype, vocab_sizes=VOCAB_SIZES):
             models, weight_T = whole_problem(dtype)
             exact = [tensor.double() for tensor in models]
             leaves = [tensor.requires_grad_() for tensor in exact[:2]]
-            expected_T = naive_divergence(exact[0] @ exact[1][:vocab_size].T, exact[2] @ exact[3][:vocab_size].T, **case)
+            logits = (exact[0] @ exact[1][:vocab_size].T, exact[2] @ exact[3][:vocab_size].T)
+            expected_T = naive_divergence(*logits, **case)
             expected_sum = (expected_T * weight_T).sum()
             expected_hidden, expected_head = torch.autograd.grad(expected_sum, leaves)
             hidden, head = models[0].requires_grad_(), models[1][columns].clone().requires_grad_()
@@ -127,7 +128,8 @@ def fused_errors(tp_size, dtype, vocab_sizes=VOCAB_SIZES):
             grad_hidden, grad_head = torch.autograd.grad(result.loss_sum, (hidden, head))
             dist.all_reduce(grad_hidden, group=group)
             pairs = [(result.divergence_T, expected_T), (result.loss_sum, expected_sum), (grad_hidden, expected_hidden), (grad_head, expected_head[columns])]
-            results.append((case, vocab_size, *(relative_error_or_zero(value.detach(), reference.detach()) for value, reference in pairs)))
+            counted = same_counts(result.clipped_T, naive_clipped(*logits, **case))
+            results.append((case, vocab_size, counted, *(relative_error_or_zero(value.detach(), reference.detach()) for value, reference in pairs)))
     return results
 
 
@@ -135,7 +137,8 @@ def fused_errors(tp_size, dtype, vocab_sizes=VOCAB_SIZES):
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_fused_head_does_not_depend_on_the_split(pool, tp_size, dtype):
     for rank_results in pool.run(fused_errors, tp_size, dtype, world_size=4):
-        for *case, divergence_error, loss_error, hidden_error, head_error in rank_results:
+        for *case, counted, divergence_error, loss_error, hidden_error, head_error in rank_results:
+            assert counted, case
             assert max(divergence_error, loss_error) < TOLERANCE[torch.float32], case
             assert max(hidden_error, head_error) < TOLERANCE[dtype], case
 
@@ -150,7 +153,8 @@ def kernel_errors(tp_size):
 def test_triton_kernels_do_not_depend_on_the_split(pool):
     pytest.importorskip("triton", reason="needs the test extra: triton")
     for rank_results in pool.run(kernel_errors, 4, world_size=4):
-        for *case, divergence_error, loss_error, hidden_error, head_error in rank_results:
+        for *case, counted, divergence_error, loss_error, hidden_error, head_error in rank_results:
+            assert counted, case
             assert max(divergence_error, loss_error, hidden_error, head_error) < TOLERANCE[torch.float32], case
 
 
@@ -163,6 +167,7 @@ def per_token_values(tp_size):
     ids_T = torch.arange(NUM_TOKENS) * 5 % 55  # all shards, and their borders
     shared = {"tp_group": group, "vocab_size": 55, "chunk_tokens": 8}
     fused = fused_head_divergence(*sliced, kind="reverse_kl", sampled_ids_T=ids_T, **shared)
+    clipped = fused_head_divergence(*sliced, kind="reverse_kl", pointwise_clip=0.02, **shared)
     supervised = fused_head_cross_entropy(*sliced[:2], ids_T, **shared)
     statistics = token_statistics(*sliced, **shared)
     student, teacher = (hidden.double() @ head.double()[:55].T for hidden, head in (models[:2], models[2:]))
@@ -172,6 +177,7 @@ def per_token_values(tp_size):
     return {
         "divergence": (fused.divergence_T, reverse_T),
         "entropy": (fused.student_entropy_T, entropy_T),
+        "clipped": (clipped.clipped_T, naive_clipped(student, teacher, kind="reverse_kl", pointwise_clip=0.02)),
         "sampled logp": (fused.sampled_logp_T, logp_T),
         "cross entropy": (supervised.divergence_T, -logp_T),
         "statistics entropy": (statistics.student_entropy_T, entropy_T),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_megatron.losses import fused_head_cross_entropy, fused_head_divergence, token_statistics, vocab_parallel_divergence
-from tests.reference_losses import TOLERANCE, head_problem, logits_pair, naive_divergence, relative_error
+from tests.reference_losses import TOLERANCE, head_problem, logits_pair, naive_clipped, naive_divergence, relative_error, same_counts
 
 KINDS = ["reverse_kl", "forward_kl", "jsd"]
 OPTIONS = {
@@ -21,6 +21,12 @@ OPTIONS = {
     "clip_and_temperature": {"pointwise_clip": 0.02, "temperature": 0.6},
     "beta": {"beta": 0.1},
 }
+
+
+def naive_logits(models, vocab_size):
+    """Full fp64 logits of student and teacher, without gradient."""
+    student_hidden, student_head, teacher_hidden, teacher_head = (tensor.detach().double() for tensor in models)
+    return student_hidden @ student_head[:vocab_size].T, teacher_hidden @ teacher_head[:vocab_size].T
 
 
 def naive_head(models, weight_T, *, vocab_size, **options):
@@ -177,11 +183,13 @@ def test_rows_masked_in_one_model_still_tell_the_students_own_numbers(case):
     assert result.student_entropy_T.tolist() == token_statistics(ones, masked, ones, head).student_entropy_T.tolist() == [0.0] * 3
     assert result.sampled_logp_T.tolist() == [-math.inf] * 3
     assert result.divergence_T.tolist() == [0.0] * 3
+    assert result.clipped_T is None or result.clipped_T.tolist() == [0.0] * 3
     result = fused_head_divergence(ones, head, ones, masked, sampled_ids_T=ids_T, **case)
     logp_V = head[:, 0].log_softmax(0)
     assert relative_error(result.student_entropy_T, -(logp_V.exp() * logp_V).sum().expand(3)) < TOLERANCE[torch.float32]
     assert relative_error(result.sampled_logp_T, logp_V[ids_T]) < TOLERANCE[torch.float32]
     assert result.divergence_T.tolist() == [0.0] * 3
+    assert result.clipped_T is None or result.clipped_T.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,7 +228,7 @@ def test_masking_the_value_in_place_does_not_corrupt_the_backward():
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_head_matches_full_fp64_logits(kind, options, dtype):
-    """Loss, both gradients, weights with zeros, 9 padded columns, chunks that do not divide the tokens."""
+    """Loss, both gradients, clipped entries, weights with zeros, 9 padded columns, chunks that do not divide the tokens."""
     models, weight_T = head_problem(dtype=dtype)
     expected_T, _, expected_gradients = naive_head(models, weight_T, vocab_size=55, kind=kind, **options)
     result = fused_head_divergence(*models, kind=kind, token_weight_T=weight_T, vocab_size=55, chunk_tokens=8, **options)
@@ -228,6 +236,7 @@ def test_fused_head_matches_full_fp64_logits(kind, options, dtype):
     assert relative_error(result.divergence_T, expected_T) < TOLERANCE[torch.float32]  # exact products of bf16 values, fp32 from there on
     assert relative_error(result.loss_sum, (expected_T * weight_T).sum()) < TOLERANCE[torch.float32]
     assert result.weight_sum == weight_T.sum()
+    assert same_counts(result.clipped_T, naive_clipped(*naive_logits(models, 55), kind=kind, **options))
     for gradient, expected in zip(gradients, expected_gradients):
         assert gradient.dtype == dtype
         assert relative_error(gradient, expected) < TOLERANCE[dtype]
@@ -263,6 +272,32 @@ def test_fused_equals_unfused_for_any_chunk_size(kind):
         assert relative_error(result.divergence_T, value_T) < 1e-6
         for gradient, unfused in zip(torch.autograd.grad(result.loss_sum, models[:2]), expected):
             assert relative_error(gradient, unfused) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "skew_forward", "skew_reverse", "topk_tail_forward", "topk_renorm_reverse"])
+def test_clipped_entries_do_not_depend_on_the_chunks_and_nothing_else_on_the_count(kind):
+    """All rows are counted, with weight or without, and none of no tokens; with a clip that nothing reaches, all is 0."""
+    models, weight_T = head_problem()
+    expected_T = naive_clipped(*naive_logits(models, 50), kind=kind, pointwise_clip=0.03)
+    assert expected_T.max() > expected_T.min()
+    for chunk_tokens in (1, 7, 29, None):
+        options = {"kind": kind, "token_weight_T": weight_T, "vocab_size": 50, "chunk_tokens": chunk_tokens}
+        result = fused_head_divergence(*models, pointwise_clip=0.03, **options)
+        assert same_counts(result.clipped_T, expected_T), chunk_tokens
+        assert not result.clipped_T.requires_grad
+        assert fused_head_divergence(*models, pointwise_clip=100.0, **options).clipped_T.tolist() == [0] * 29
+        assert fused_head_divergence(*models, **options).clipped_T is None
+    none = fused_head_divergence(models[0][:0], models[1], models[2][:0], models[3], kind=kind, pointwise_clip=0.03)
+    assert none.clipped_T.shape == (0,)
+
+
+def test_an_infinite_summand_counts_as_clipped():
+    """The student excludes an id that the teacher allows; the other summands of the forward KL are below 1."""
+    models = [torch.ones(3, 1), torch.randn(8, 1, generator=torch.Generator().manual_seed(0)), torch.ones(3, 1), torch.zeros(8, 1)]
+    models[1][2] = -math.inf
+    result = fused_head_divergence(*models, kind="forward_kl", pointwise_clip=1.0)
+    assert result.clipped_T.tolist() == [1.0] * 3
+    assert result.divergence_T.isfinite().all()
 
 
 def test_a_small_head_tile_changes_nothing(monkeypatch):

@@ -17,8 +17,10 @@ from tests.reference_losses import (
     TOP_K_KINDS,
     head_problem,
     logits_pair,
+    naive_clipped,
     naive_divergence,
     relative_error_or_zero,
+    same_counts,
     with_ids,
 )
 
@@ -59,12 +61,12 @@ def test_gradient_matches_finite_differences(case):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused_head_matches_full_fp64_logits(case, dtype):
-    """Loss, both gradients, entropy and sampled log-probabilities: weights with zeros, 9 padded columns, chunks that do not divide the tokens."""
+    """Loss, both gradients, entropy, sampled log-probabilities, clipped entries: zero weights, 9 padded columns, chunks that do not divide the tokens."""
     models, weight_T = head_problem(dtype=dtype)
     options, ids_T = with_ids(case, 29, 55), torch.arange(29) * 5 % 55
     leaves = [tensor.detach().double().requires_grad_() for tensor in models[:2]]
-    logits_TV = leaves[0] @ leaves[1][:55].T
-    expected_T = naive_divergence(logits_TV, models[2].double() @ models[3][:55].double().T, **options)
+    logits_TV, teacher_TV = leaves[0] @ leaves[1][:55].T, models[2].double() @ models[3][:55].double().T
+    expected_T = naive_divergence(logits_TV, teacher_TV, **options)
     expected_gradients = torch.autograd.grad((expected_T * weight_T).sum(), leaves, retain_graph=True)
     logp_TV = F.log_softmax(logits_TV.detach() / case.get("temperature", 1), -1)
     result = fused_head_divergence(*models, token_weight_T=weight_T, vocab_size=55, chunk_tokens=8, **({"sampled_ids_T": ids_T} | options))
@@ -75,6 +77,7 @@ def test_fused_head_matches_full_fp64_logits(case, dtype):
         (result.sampled_logp_T, logp_TV.gather(1, ids_T[:, None])[:, 0]),
     ):
         assert relative_error_or_zero(value, reference) < TOLERANCE[torch.float32]
+    assert same_counts(result.clipped_T, naive_clipped(logits_TV, teacher_TV, **case))
     for gradient, reference in zip(torch.autograd.grad(result.loss_sum, models[:2]), expected_gradients):
         assert gradient.dtype == dtype
         assert relative_error_or_zero(gradient, reference) < TOLERANCE[dtype]

@@ -89,6 +89,13 @@ def test_kernels_give_the_loss_and_gradients_of_fp64(by_kernels: Callable[[bool]
     assert exact.sampled_logp_T is not None
     assert ours.sampled_logp_T is not None
     assert torch.allclose(ours.sampled_logp_T.double(), exact.sampled_logp_T, rtol=1e-5, atol=1e-5)
+    if "clipped" in name:
+        assert ours.clipped_T is not None
+        assert exact.clipped_T is not None
+        assert ours.clipped_T.tolist() == exact.clipped_T.tolist()
+        assert ours.clipped_T.any() or scale < 1
+    else:
+        assert ours.clipped_T is None
     assert _relative(hidden.double(), exact_hidden) < 1e-5
     assert _relative(head.double(), exact_head) < 1e-5
     assert (head[97:] == 0).all()
