@@ -177,9 +177,7 @@ class RunConfig:
                 ("loss.reduction", self.loss.reduction, "auto"),
                 ("loss.denominator", self.loss.denominator, "kept"),
             ):
-                require(
-                    chosen == plain, f"{key}={str(chosen).lower()} needs training.objective=opd, not {self.training.objective}; set it to {str(plain).lower()}"
-                )
+                require(chosen == plain, f"{key}={_as_word(chosen)} needs training.objective=opd, not {self.training.objective}; set it to {_as_word(plain)}")
 
     @property
     def reduction(self) -> Literal["token", "sequence"]:
@@ -220,3 +218,8 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
         return asdict(self)
+
+
+def _as_word(value: str | bool | None) -> str:
+    """Return a value as it is written on the command line."""
+    return value if isinstance(value, str) else "null" if value is None else str(value).lower()

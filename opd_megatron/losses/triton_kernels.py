@@ -64,7 +64,8 @@ def term_sums_kernel(student, teacher, norms, out, num_rows, num_columns, share,
         summand, slope = _terms(p, logp, q, logq, share, clip, KIND, CLIPPED)
         if CLIPPED:
             clipped += tl.sum((summand > clip).to(tl.float32), 0)
-            summand = tl.minimum(summand, clip)
+            # Not tl.minimum, which on a GPU would return the clip for a NaN.
+            summand = tl.where(summand > clip, clip, summand)
         value += tl.sum(summand, 0)
         correction += tl.sum(slope, 0)
     tl.store(out + row, value)
