@@ -7,12 +7,14 @@ padding of the gradient buffer, and loading and exporting. Tokens are taken to v
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from opd_megatron.models.gpt import DTYPES
+from opd_megatron.models.weight_map import weight_map
 from opd_megatron.planning.activations import FP32_BYTES, MicroBatchShape, chunk_activation_bytes, forward_bytes_per_token, layer_bytes
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
 from opd_megatron.planning.step_shape import StepShape
@@ -84,7 +86,14 @@ def _states(rank: PlannedRank, student: PlannedModel) -> list[Term]:
     shares = ((count - num_expert, student.groups.num_writers), (num_expert, student.num_expert_copies))
     over = f"the {student.groups.num_writers} ranks of DP x CP" + (f", of experts over {student.num_expert_copies} that hold the same" if num_expert else "")
     updating: Phase = "train" if rank.config.training.offload_optimizer else "always"
+    averaged = rank.config.scoring_teacher is not None and rank.config.scoring_teacher.weights == "ema"
     return [
+        Term(
+            name="average",
+            phase="always",
+            num_bytes=averaged * sum(-(-number * FP32_BYTES // num_ranks) for number, num_ranks in shares),
+            why=f"fp32 weights of the teacher, split over {over}",
+        ),
         Term(name="weights", phase="always", num_bytes=count * itemsize, why=f"{count:,} parameters of {itemsize} bytes"),
         Term(name="gradients", phase=updating, num_bytes=count * FP32_BYTES, why="fp32 buffer of DistributedDataParallel"),
         Term(
@@ -186,7 +195,10 @@ def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list
     architecture, itemsize, tokens, counts = teacher.known.architecture, teacher.dtype.itemsize, shape.teacher_batch_tokens, teacher.counts
     evaluates = bool(rank.config.evaluation.teacher and rank.config.evaluation.prompts)
     why, num_bytes = f"{counts.num_parameters:,} parameters, no gradient", counts.num_parameters * itemsize
+    settings = rank.config.scoring_teacher
+    moving = max(math.prod(row.shape) for row in weight_map(architecture)) if settings is not None and settings.moves else 0
     terms = [
+        Term(name="weights on their way", phase="teacher", num_bytes=2 * moving * itemsize, why="the largest tensor, in slices and joined"),
         *(Term(name="teacher weights", phase=phase, num_bytes=num_bytes, why=why) for phase in _teacher_phases(rank, evaluates)),
         Term(
             name="teacher forward",

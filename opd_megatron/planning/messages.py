@@ -7,9 +7,11 @@ Shapes: B sequences, S padded length, T scored positions of a micro-batch, N tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from opd_megatron.models.weight_map import weight_map
 from opd_megatron.planning.activations import FP32_BYTES
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
 from opd_megatron.planning.step_shape import StepShape
@@ -65,6 +67,7 @@ def _rollout(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iter
 def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """One forward for each batch of the share, then the hidden states to the student's last stage."""
     tokens, batches = shape.teacher_batch_tokens, shape.num_teacher_batches
+    yield from _moving_weights(rank, teacher)
     yield from _forward(teacher, "teacher", batches, tokens, "[S, B, G]")
     if teacher.groups.layout.context > 1:
         num_bytes, why = tokens * teacher.groups.layout.context * _key_value_bytes(teacher), "keys and values of a layer, of all positions"
@@ -77,6 +80,18 @@ def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> Iter
     if gathered := rank.payload.gathered_rows(rank.rank):
         why = "hidden states [N, G] of shares that came from outside the tensor group; the largest"
         yield Message(phase="teacher", group="student TP", operation="all-gather", count=len(gathered), num_bytes=max(gathered) * _row_bytes(teacher), why=why)
+
+
+def _moving_weights(rank: PlannedRank, teacher: PlannedModel) -> Iterator[Message]:
+    """The student's weights, or their average, to every rank before the teacher scores: `teacher.transfer`."""
+    settings, layout = rank.config.scoring_teacher, rank.config.student.layout
+    if settings is None or not settings.moves:
+        return
+    rows = weight_map(teacher.known.architecture)
+    num_bytes = sum(math.prod(row.shape) for row in rows) * teacher.dtype.itemsize
+    count = sum(1 if row.split_dim is None else layout.tensor if row.expert is None else layout.expert_tensor for row in rows)
+    why = "a slice of one tensor, on average: the whole model in all"
+    yield Message(phase="teacher", group="all ranks", operation="broadcast", count=count, num_bytes=num_bytes // count, why=why)
 
 
 def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str) -> Iterator[Message]:

@@ -39,9 +39,7 @@ def template(tmp_path: Path) -> PrivilegedConfig:
     return PrivilegedConfig(template=str(file))
 
 
-def _load(
-    tmp_path: Path, tokenizer: Any, privileged: PrivilegedConfig, rows: list[Any] | None = None, max_teacher_tokens: int = 1000, **data: Any
-) -> PromptSet:
+def _load(tmp_path: Path, tokenizer: Any, privileged: PrivilegedConfig, rows: list[Any] | None = None, room: int = 1000, **data: Any) -> PromptSet:
     config = DataConfig(prompts=write_jsonl(tmp_path / "rows.jsonl", ROWS if rows is None else rows), **data)
     return load_prompts(config, tokenizer, part="all", privileged=privileged, max_teacher_tokens=room)
 
