@@ -1,7 +1,7 @@
 """Peak memory and time of a training step that keeps 100, 50, 20 or 10 % of its response tokens by TIP's soft_or_topk: `python tools/bench_selection.py`.
 
 Level `head` is the loss part, from hidden states and LM heads to both gradients. Level `step` is a whole step of a small Megatron model, through
-`Importance.weigh` and `Student.train_step`, with the teacher's rows as input. Each in two forms, whose kept tokens and gradients are compared:
+`Importance.weigh` and `Student.train_step`, with the teacher's rows as input. Each in two forms, whose kept tokens are compared:
 
     fused    statistics of all rows chunk by chunk without a graph (at `step` in a forward pass of its own), then the fused head on the kept rows;
              at 100 % nothing is weighed
@@ -10,7 +10,8 @@ Level `head` is the loss part, from hidden states and LM heads to both gradients
 
 Peak memory is the most that the step held beyond what was there before it; what was there ("held") are weights, gradient buffers, optimizer state, teacher
 rows. It is measured in a process per row, whose allocator gives back what is freed, so that it is what tensors need. Time is the fastest of --repeats
-interleaved rounds in one process, in seconds of the processor, which other processes disturb less than the clock; --json has both. CPU only.
+interleaved rounds in one process, in seconds of the processor, which other processes disturb less than the clock; --json has both. Gradient errors are
+relative, the largest of any weight (at `head` of hidden states or head), against the unfused form in fp64 on two short responses. CPU only.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ def _problem_with(options: argparse.Namespace) -> str | None:
 
 def _measure(case: dict[str, Any], ratios: Sequence[float]) -> list[dict[str, Any]]:
     """Return a row for each form at each ratio, with what it saves of the unfused form of all tokens, and of its own."""
-    timed = _in_a_process("measure_time", {**case, "ratios": ratios})
+    timed, errors = (_in_a_process(name, {**case, "ratios": ratios}) for name in ("measure_time", "measure_errors"))
     rows = []
     for form in FORMS:
         for ratio in ratios:
             one = {**case, "form": form, "ratio": ratio}
-            rows.append({**one, **_in_a_process("measure_memory", one), **timed[form, ratio]})
+            rows.append({**one, **_in_a_process("measure_memory", one), **timed[form, ratio], **errors[form, ratio]})
     full = {row["form"]: row for row in rows if row["ratio"] == 1}
     for row in rows:
         row["saved"] = _saved(row, full["unfused"], "peak_mib")
@@ -128,7 +129,7 @@ def _saved(row: dict[str, Any], reference: dict[str, Any], *parts: str) -> float
 _HEADER = (
     f"{'':16}{'CPU seconds':^24}{'against 100 %':^20}{'MiB':^16}{'saved of unfused 100 %':^24}{'of own':>8}{'gradient':>12}{'tokens':>8}\n"
     f"{'form':9}{'kept':>7}{'weigh':>8}{'train':>8}{'all':>8}{'own':>10}{'unfused':>10}{'held':>8}{'peak':>8}"
-    f"{'of peak':>12}{'and held':>12}{'100 %':>8}{'differs':>12}{'differ':>8}"
+    f"{'of peak':>12}{'and held':>12}{'100 %':>8}{'error':>12}{'differ':>8}"
 )
 
 

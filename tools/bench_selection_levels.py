@@ -35,6 +35,8 @@ from opd_megatron.training.student import Student
 
 FORMS = ("fused", "unfused")
 PROMPT_TOKENS = 64
+# Two responses of at most this length are compared with fp64, whose logits must fit.
+ERROR_RESPONSE = 64
 LOGITS_DEVIATION = 3.0
 Result = TypeVar("Result")
 
@@ -66,33 +68,41 @@ class UnfusedObjective:
     """Reverse KL of the kept rows of a micro-batch that is the whole step, from full logits of all its rows: plain torch at its leanest.
 
     It drops logits and log-softmax of both models as soon as it can; a script that holds on to them needs more. `kept_T` is where it says what it kept.
+    With `exact` all of it is in fp64.
     """
 
     teacher_head_VG: torch.Tensor
     response: int
     ratio: float
     kept_T: torch.Tensor
+    exact: bool = False
 
     def __call__(self, hidden_TH: torch.Tensor, head_VH: torch.Tensor, micro_batch: Any) -> FusedDivergence:
-        student_TV = hidden_TH @ head_VH.T
+        student_TV = self._logits(hidden_TH, head_VH)
         with torch.no_grad():
-            teacher_TV = micro_batch.teacher_hidden_TG @ self.teacher_head_VG.T
+            teacher_TV = self._logits(micro_batch.teacher_hidden_TG, self.teacher_head_VG)
         if self.ratio < 1:
             self.kept_T.copy_(self._weights(student_TV, teacher_TV))
             kept_K = self.kept_T.nonzero().squeeze(1)
             student_TV, teacher_TV = student_TV.index_select(0, kept_K), teacher_TV.index_select(0, kept_K)
-        log_p, log_q = F.log_softmax(student_TV.float(), -1), F.log_softmax(teacher_TV.float(), -1)
+        log_p, log_q = self._log_softmax(student_TV), self._log_softmax(teacher_TV)
         del student_TV, teacher_TV
         divergence_K = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         # Megatron's schedule divides by the rows that went in.
         loss_sum = divergence_K.sum() * (len(hidden_TH) / len(divergence_K))
         return FusedDivergence(loss_sum, loss_sum.detach(), divergence_K.detach(), torch.zeros_like(divergence_K), None)
 
+    def _logits(self, hidden_TH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
+        return hidden_TH.double() @ head_VH.double().T if self.exact else hidden_TH @ head_VH.T
+
+    def _log_softmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(logits_TV if self.exact else logits_TV.float(), -1)
+
     @torch.no_grad()
     def _weights(self, student_TV: torch.Tensor, teacher_TV: torch.Tensor) -> torch.Tensor:
         parts = []
         for student_RV, teacher_RV in zip(student_TV.split(self.response), teacher_TV.split(self.response)):
-            log_p, log_q = F.log_softmax(student_RV.float(), -1), F.log_softmax(teacher_RV.float(), -1)
+            log_p, log_q = self._log_softmax(student_RV), self._log_softmax(teacher_RV)
             prob_RV = log_p.exp()
             parts.append(torch.stack([-(prob_RV * log_p).sum(-1), (prob_RV * (log_p - log_q)).sum(-1)]))
         entropy_T, reverse_kl_T = torch.cat(parts, 1)
@@ -129,7 +139,8 @@ class LossPart:
         kept_T, weigh = torch.ones(len(self._hidden_TH)), Seconds()
         if form == "fused" and ratio < 1:
             kept_T, weigh = _timed(lambda: self._weights(ratio))
-        _, train = _timed(lambda: self._fused(kept_T) if form == "fused" else self._unfused(ratio, kept_T))
+        unfused = UnfusedObjective(self._teacher_head_VG, self._response, ratio, kept_T, exact=form == "exact")
+        _, train = _timed(lambda: self._fused(kept_T) if form == "fused" else self._unfused(unfused))
         assert self._hidden_TH.grad is not None
         return Outcome(kept_T, [self._hidden_TH.grad, self._main_grad_VH], weigh, train)
 
@@ -144,9 +155,9 @@ class LossPart:
         result = fused_head_divergence(hidden_KH, self._head_VH, teacher_KG, self._teacher_head_VG, kind="reverse_kl", accumulate_main_grad=True)
         (result.loss_sum / len(kept_K)).backward()
 
-    def _unfused(self, ratio: float, kept_T: torch.Tensor) -> None:
-        objective = UnfusedObjective(self._teacher_head_VG, self._response, ratio, kept_T)
-        (objective(self._hidden_TH, self._head_VH, SimpleNamespace(teacher_hidden_TG=self._teacher_TG)).loss_sum / len(kept_T)).backward()
+    def _unfused(self, objective: UnfusedObjective) -> None:
+        result = objective(self._hidden_TH, self._head_VH, SimpleNamespace(teacher_hidden_TG=self._teacher_TG))
+        (result.loss_sum / len(self._hidden_TH)).backward()
         assert self._head_VH.grad is not None
         self._main_grad_VH += self._head_VH.grad
         self._head_VH.grad = None
@@ -199,9 +210,9 @@ class TrainingStep:
     def step(self, form: str, ratio: float) -> Outcome:
         kept_T, weigh = torch.ones(self._micro_batches.rollouts.num_response_tokens), Seconds()
         batches, objective = self._micro_batches, self._objective
-        if form == "unfused":
+        if form != "fused":
             assert self._objective.teacher_head_WG is not None
-            unfused: Any = UnfusedObjective(self._objective.teacher_head_WG, self._response, ratio, kept_T)
+            unfused: Any = UnfusedObjective(self._objective.teacher_head_WG, self._response, ratio, kept_T, exact=form == "exact")
             objective = unfused
         elif ratio < 1:
             config = replace(self._config, importance=ImportanceConfig(rule="soft_or_topk", ratio=ratio))
@@ -230,22 +241,34 @@ def measure_memory(case: SimpleNamespace) -> dict[str, float]:
 
 
 def measure_time(case: SimpleNamespace) -> dict[tuple[str, float], dict[str, float]]:
-    """Return the seconds of every form at every ratio, and how far the forms are apart."""
+    """Return the seconds of every form at every ratio, and how many tokens only one of the two forms keeps."""
     _start()
     problem = LEVELS[case.level](case)
     rows: dict[tuple[str, float], dict[str, float]] = {(form, ratio): {"cpu_seconds": math.inf} for ratio in case.ratios for form in FORMS}
-    for number in range(case.repeats):
+    for _ in range(case.repeats):
         for ratio in case.ratios:
-            fused = problem.step("fused", ratio)
-            if number == 0:
-                fused = fused._replace(gradients=[gradient.clone() for gradient in fused.gradients])
-            unfused = problem.step("unfused", ratio)
-            differences = _differences(fused, unfused) if number == 0 else {}
-            for form, outcome in zip(FORMS, (fused, unfused), strict=True):
+            outcomes = {form: problem.step(form, ratio) for form in FORMS}
+            for form, outcome in outcomes.items():
                 row = rows[form, ratio]
-                row.update(differences)
+                row["tokens_differ"] = _num_different(*outcomes.values())
                 if outcome.weigh.cpu + outcome.train.cpu < row["cpu_seconds"]:
                     row.update(_seconds(outcome))
+    return rows
+
+
+def measure_errors(case: SimpleNamespace) -> dict[tuple[str, float], dict[str, float]]:
+    """Return for every form at every ratio the largest relative error of a gradient, against the divergence in fp64 of what fp64 keeps; of few tokens."""
+    _start()
+    response = min(case.response, ERROR_RESPONSE)
+    problem = LEVELS[case.level](SimpleNamespace(**{**vars(case), "response": response, "tokens": 2 * response}))
+    rows = {}
+    for ratio in case.ratios:
+        exact = problem.step("exact", ratio)
+        exact = exact._replace(gradients=[gradient.clone() for gradient in exact.gradients])
+        for form in FORMS:
+            outcome = problem.step(form, ratio)
+            pairs = zip(outcome.gradients, exact.gradients, strict=True)
+            rows[form, ratio] = {"gradient_error": max(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs)}
     return rows
 
 
@@ -253,11 +276,8 @@ def _start() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _differences(fused: Outcome, unfused: Outcome) -> dict[str, float]:
-    """Return the largest relative difference of a gradient, and how many tokens only one of the two forms keeps."""
-    pairs = zip(fused.gradients, unfused.gradients, strict=True)
-    error = max(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs)
-    return {"gradient_error": error, "tokens_differ": int(((fused.kept_T != 0) != (unfused.kept_T != 0)).sum())}
+def _num_different(left: Outcome, right: Outcome) -> int:
+    return int(((left.kept_T != 0) != (right.kept_T != 0)).sum())
 
 
 def _seconds(outcome: Outcome) -> dict[str, float]:
