@@ -10,11 +10,9 @@ the same values, over hidden states and head. With --json the last line is one J
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from bench_common import environment, version
 
 ERROR_TOKENS = 64  # rows of the comparison with fp64, whose full logits must fit
 WORKER_SECONDS = 900
@@ -48,6 +48,7 @@ CANDIDATES = {
     "liger": Candidate("liger-kernel", ALL, (1,)),
     "trl": Candidate("trl", ALL, (1,)),
 }
+PACKAGES = ("torch", *(candidate.package for candidate in CANDIDATES.values() if candidate.package))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 print(_line(row), flush=True)
     if options.json:
-        print(json.dumps({"environment": _environment(), **sizes, "rows": rows}))
+        print(json.dumps({"environment": environment(PACKAGES), **sizes, "rows": rows}))
     return 0
 
 
@@ -100,25 +101,10 @@ def _line(row: dict[str, Any]) -> str:
     return f"{head}{numbers[0]:>10}{numbers[1]:>10}{numbers[2]:>12}  {row.get('note', '')}"
 
 
-def _environment() -> dict[str, Any]:
-    """Return versions and hardware, without importing any of the libraries."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    versions = {name: _version(name) for name in ("torch", *(candidate.package for candidate in CANDIDATES.values() if candidate.package))}
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return {"python": platform.python_version(), "cpu": cpu, "cores": os.cpu_count(), "threads": threads, "versions": versions}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _measure(case: dict[str, Any]) -> dict[str, Any]:
     """Return the case with its three measurements, or with a note that says why there are none."""
     package = CANDIDATES[case["function"]].package
-    if package is not None and _version(package) is None:
+    if package is not None and version(package) is None:
         return {**case, "note": "not installed"}
     row = dict(case)
     for what in ("time", "memory", "error"):
