@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -32,17 +32,8 @@ class Importance:
         importance = self.config.importance
         if importance.rule == "all":
             return None
-        return SelectionRule(
-            rule=importance.rule,
-            ratio=importance.ratio,
-            norm_scope=importance.norm_scope,
-            select_scope=importance.select_scope,
-            delta=importance.delta,
-            entropy_clip_quantile=importance.entropy_clip_quantile,
-            delta_clip_quantile=importance.delta_clip_quantile,
-            min_keep=importance.min_keep,
-            importance_weights=importance.importance_weights,
-        )
+        # The configuration has the rule's options under their names.
+        return SelectionRule(**{option.name: getattr(importance, option.name) for option in fields(SelectionRule)})
 
     @property
     def is_plain(self) -> bool:

@@ -97,7 +97,7 @@ class Trainer:
         with self._measured("train"):
             sums, norm, updated = self.student.train_step(micro_batches, self.objective)
         self._advance(step, updated, sums.loss, norm)
-        return {"step": step, **self._metrics(rollouts, sums, norm, time.perf_counter() - started), **weighing}
+        return {"step": step, **self._metrics(rollouts, micro_batches.plan.num_positions, sums, norm, time.perf_counter() - started), **weighing}
 
     def _write(self, step: int) -> Rollouts:
         """Return a step's samples, written by the weights as they are; the teacher is asked for their scores."""
@@ -109,7 +109,7 @@ class Trainer:
                 self.teacher.ask(rollouts)
         return rollouts
 
-    def _metrics(self, rollouts: Rollouts, sums: LossSums, norm: float, step_seconds: float) -> dict[str, float | int]:
+    def _metrics(self, rollouts: Rollouts, num_positions: int, sums: LossSums, norm: float, step_seconds: float) -> dict[str, float | int]:
         samples, response_tokens = rollouts.samples, rollouts.num_response_tokens
         payload_bytes, gathered_bytes = (self.teacher.payload_bytes, self.teacher.gathered_bytes) if self.teacher is not None else (0, 0)
         return {
@@ -127,7 +127,7 @@ class Trainer:
             "rollout_drift_mean": sums.per_token(sums.drift),
             "rollout_drift_max": sums.drift_max,
             **_clip_metrics(sums),
-            "padding_share": 1 - sum(rollouts.num_tokens) / self.student.batches.plan(rollouts.num_tokens).num_positions,
+            "padding_share": 1 - sum(rollouts.num_tokens) / num_positions,
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
             "payload_gathered_bytes_per_token": gathered_bytes / max(1, response_tokens),
             "tokens_per_second": sum(sample.num_tokens for sample in samples) / step_seconds,
