@@ -34,7 +34,7 @@ _SLOW_VARIANTS = re.compile(
     r"|test_plans.*(exits_2.*\[words([0-57]|8|10|13|14)-|can_be_planned\[(.*_from_rl_|.*_from_235b_|.*h200)|as_its_weights\[Qwen3-30B-A3B)"
     r"|test_quickstart.*stays_finished"
     r"|test_tools.*(experts_are\[(EP2xPP2|TP2)|says_the_same_wherever)"
-    r"|test_training.*(changes_nothing\[fp32|uninterrupted_one\[(TP2|DP2)\])"
+    r"|test_resume.*(changes_nothing\[fp32|uninterrupted_one\[(TP2|DP2)\])"
 )
 
 

@@ -1,6 +1,6 @@
 """Whole plans: every recipe, worlds of any size, what does not fit, and `tools/plan.py`.
 
-Not covered here: whether running ranks hold and send what was planned (test_planning.py).
+Not covered here: whether running ranks hold and send what was planned (test_planned_*.py).
 """
 
 from __future__ import annotations
@@ -15,20 +15,10 @@ from typing import Any
 
 import pytest
 
-from opd_megatron.config import (
-    DataConfig,
-    ParallelLayout,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainingConfig,
-    apply_overrides,
-)
+from opd_megatron.config import DataConfig, ParallelLayout, RunConfig, StudentConfig, TeacherConfig, TrainingConfig, apply_overrides
 from recipes.run import all_recipes, find_recipe
-from tests.distributed.test_planning import GIB, PUBLISHED, ROOT, models, planner
+from tests.planned import GIB, PUBLISHED, ROOT
 from tools.plan import refuse_what_a_run_would
-
-__all__ = ["models", "planner"]
 
 # The rules of token importance are runs of the quickstart: the same ranks, layouts and sizes.
 RECIPES = {name: recipe for name, recipe in all_recipes().items() if recipe.__module__ != "recipes.token_importance"}
@@ -185,10 +175,10 @@ def test_one_batch_ahead_the_student_holds_scores_while_it_writes(planner: Calla
     assert waiting == [[], [64 * 3072 * 4096 * 2] * 2]
 
 
-def test_a_mixture_is_refused_where_it_cannot_train(models: Path) -> None:
+def test_a_mixture_is_refused_where_it_cannot_train(planned_models: Path) -> None:
     from opd_megatron.planning.architectures import know_model
 
-    mixture, layout = str(models / "mixture"), ParallelLayout(tensor=2)
+    mixture, layout = str(planned_models / "mixture"), ParallelLayout(tensor=2)
     with pytest.raises(ValueError, match="trains a mixture of experts only under sequence parallelism"):
         know_model("student", StudentConfig(hf=mixture, layout=layout), PUBLISHED)
     assert know_model("teacher", TeacherConfig(hf=mixture, layout=layout), PUBLISHED).architecture.experts is not None
