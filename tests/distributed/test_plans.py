@@ -18,6 +18,7 @@ import pytest
 from opd_megatron.config import DataConfig, ParallelLayout, RunConfig, StudentConfig, TeacherConfig, TrainingConfig, apply_overrides
 from recipes.run import all_recipes, find_recipe
 from tests.planned import GIB, PUBLISHED, ROOT
+from tests.programs import run_program
 from tools.plan import refuse_what_a_run_would
 
 # The rules of token importance are runs of the quickstart: the same ranks, layouts and sizes.
@@ -187,12 +188,8 @@ def test_a_mixture_is_refused_where_it_cannot_train(planned_models: Path) -> Non
 # --- the command line --------------------------------------------------------------------------------------------------------------------
 
 
-def tool(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_the_tool_prints_one_json_object_for_programs() -> None:
-    done = tool("quickstart", "--json")
+    done = subprocess.run([sys.executable, "tools/plan.py", "quickstart", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout)
     assert (record["world_size"], record["fits"]) == (4, True)
@@ -201,7 +198,7 @@ def test_the_tool_prints_one_json_object_for_programs() -> None:
 
 @pytest.mark.slow
 def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -> None:
-    done = tool("qwen3_1p7b_from_8b_8gpu_h100", "--nodes", "2", "--gpu-memory", "24")
+    done = run_program("tools.plan", "qwen3_1p7b_from_8b_8gpu_h100", "--nodes", "2", "--gpu-memory", "24")
     assert done.returncode == 2
     assert "16 ranks = TP 2 x PP 1 x CP 1 x DP 8" in done.stdout
     assert done.stderr.startswith("error: rank ")
@@ -238,7 +235,7 @@ def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -
     ],
 )
 def test_wrong_input_exits_2_with_one_line(words: tuple[str, ...], message: str) -> None:
-    done = tool(*words)
+    done = run_program("tools.plan", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
