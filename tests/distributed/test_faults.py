@@ -35,8 +35,8 @@ from opd_megatron.config import (
     TrainingConfig,
 )
 from opd_megatron.reporting.run_directory import RunDirectory
-from opd_megatron.training.job import run_in_world
 from tests.pool import RankPool
+from tests.runs import run_job
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -272,7 +272,7 @@ def _on_full_disk(config: RunConfig, run: Path, noticed_before: bool) -> str:
 
     CheckpointFolder.save = save  # type: ignore[method-assign, assignment]
     try:
-        run_in_world("test", config, run, torch.device("cpu"))
+        run_job(config, run)
     except ValueError as error:
         return str(error)
     finally:
@@ -281,17 +281,13 @@ def _on_full_disk(config: RunConfig, run: Path, noticed_before: bool) -> str:
     return ""
 
 
-def _resume(config: RunConfig, run: Path) -> str:
-    return run_in_world("test", config, run, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("noticed_before", [True, False], ids=["known before", "met while writing"])
 def test_a_full_disk_keeps_the_previous_checkpoint(models: Path, pool: RankPool, tmp_path: Path, noticed_before: bool) -> None:
     config = _config(models, steps=3)
     messages = pool.run(_on_full_disk, config, tmp_path / "run", noticed_before, world_size=2)
     assert all("cannot write checkpoint" in message for message in messages), messages
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1"]
-    assert pool.run(_resume, config, tmp_path / "run", world_size=2) == ["finished", "finished"]
+    assert pool.run(run_job, config, tmp_path / "run", world_size=2) == ["finished", "finished"]
 
 
 def _cut(file: Path) -> None:
@@ -322,7 +318,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def _resume_or_message(config: RunConfig, run: Path) -> str:
     try:
-        return _resume(config, run)
+        return run_job(config, run)
     except ValueError as error:
         return str(error)
 
@@ -330,7 +326,7 @@ def _resume_or_message(config: RunConfig, run: Path) -> str:
 @pytest.fixture(scope="module")
 def two_checkpoints(models: Path, pool: RankPool) -> Path:
     run = models / "two_checkpoints"
-    pool.run(_resume, _config(models, steps=2), run, world_size=2)
+    pool.run(run_job, _config(models, steps=2), run, world_size=2)
     return run
 
 
@@ -352,4 +348,4 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(models: Path, two_che
         assert re.search("step_2.* damaged", message), message
         assert message.endswith("start again to resume from step_1")
     (run / "checkpoints" / "step_2").rename(run / "damaged")
-    assert pool.run(_resume, config, run, world_size=2) == ["finished", "finished"]
+    assert pool.run(run_job, config, run, world_size=2) == ["finished", "finished"]

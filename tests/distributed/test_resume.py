@@ -13,7 +13,6 @@ import torch
 
 from opd_megatron.config import CheckpointConfig, ParallelLayout, RunConfig
 from opd_megatron.rollout.rollouts import Rollouts
-from opd_megatron.training.job import run_in_world
 from opd_megatron.training.optimizer import optimizer_state
 from opd_megatron.training.trainer import Trainer
 from tests.pool import RankPool
@@ -81,7 +80,7 @@ def _offloaded_bytes(config: RunConfig, run: Path) -> list[tuple[int, int]]:
 
     Trainer._write = watched  # type: ignore[method-assign]
     try:
-        run_in_world("test", config, run, torch.device("cpu"))
+        run_job(config, run)
     finally:
         Trainer._write = write  # type: ignore[method-assign]
     return held

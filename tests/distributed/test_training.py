@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import DataConfig, EvaluationConfig, LossConfig, RolloutConfig, RunConfig, StudentConfig, TrainingConfig
-from opd_megatron.training.job import run_in_world
 from opd_megatron.training.trainer import Trainer
 from tests.pool import RankPool
 from tests.runs import LAYOUTS, metrics_of, run_job, small_config, with_teacher
@@ -105,7 +104,7 @@ def _with_broken_steps(config: RunConfig, run: Path, broken: tuple[int, ...]) ->
 
     Teacher.fetch, Trainer.step = poisoned, observed  # type: ignore[method-assign]
     try:
-        return run_in_world("test", config, run, torch.device("cpu")), checksums
+        return run_job(config, run), checksums
     finally:
         Teacher.fetch, Trainer.step = fetch, step  # type: ignore[method-assign]
 
@@ -175,7 +174,7 @@ def _expect_self_test_to_fail(config: RunConfig, run: Path) -> str:
 
     Teacher.score = shifted  # type: ignore[method-assign]
     try:
-        run_in_world("test", config, run, torch.device("cpu"))
+        run_job(config, run)
     except ValueError as error:
         return str(error)
     finally:
