@@ -137,18 +137,23 @@ def _cached_and_recomputed(folder: Path, layout: ParallelLayout, as_teacher: boo
     return written
 
 
-@pytest.mark.parametrize("as_teacher", [False, True], ids=["student", "teacher"])
 @pytest.mark.parametrize(
-    ("layout", "world_size"),
+    ("layout", "world_size", "as_teacher"),
     [
-        (ParallelLayout(), 1),
-        (ParallelLayout(expert=2), 2),
-        (ParallelLayout(expert=4), 4),
-        (ParallelLayout(expert=2, pipeline=2), 4),
-        (ParallelLayout(expert=2, expert_tensor=2), 4),
-        (ParallelLayout(expert_tensor=2), 2),
+        (ParallelLayout(), 1, False),
+        (ParallelLayout(expert=2), 2, False),
+        (ParallelLayout(expert=2), 2, True),
+        (ParallelLayout(expert=2, pipeline=2), 4, False),
+        (ParallelLayout(expert=2, expert_tensor=2), 4, True),
+        (ParallelLayout(expert_tensor=2), 2, False),
+        pytest.param(ParallelLayout(), 1, True, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=4), 4, False, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=4), 4, True, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=2, pipeline=2), 4, True, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=2, expert_tensor=2), 4, False, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert_tensor=2), 2, True, marks=pytest.mark.slow),
     ],
-    ids=lambda value: value.describe() if isinstance(value, ParallelLayout) else "",
+    ids=lambda value: value.describe() if isinstance(value, ParallelLayout) else None,
 )
 def test_cached_generation_is_that_of_the_whole_text_though_replicas_write_unevenly(
     pool: RankPool, tmp_path: Path, layout: ParallelLayout, world_size: int, as_teacher: bool
@@ -244,7 +249,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Larger, or the same axes together with others.
+SLOW = ["TP2+SP, EP4, teacher EP2xPP2", "ETP2", "TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "CP2, ETP4, teacher CP2xETP2"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS])
 def test_every_layout_trains_alike(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, teacher, world_size = LAYOUTS[name]
     pool.run(run_job, _config(models, student, teacher, replay=str(recorded)), tmp_path / "run", world_size=world_size)
@@ -277,7 +286,11 @@ def test_chunks_of_a_pipeline_train_experts_alike(models: Path, deeper: tuple[Pa
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
 
-@pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2, "sequence": True, "expert": 2}], ids=lambda layout: ParallelLayout(**layout).describe())
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({"expert": 2}, marks=pytest.mark.slow), {"tensor": 2, "sequence": True, "expert": 2}],
+    ids=lambda layout: ParallelLayout(**layout).describe(),
+)
 def test_packs_train_experts_alike(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, layout: dict[str, Any]) -> None:
     """Against rows of one process that are padded."""
     config = _config(models, layout, {"expert": 2}, replay=str(recorded))
@@ -299,7 +312,11 @@ def _after_one_step(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "ETP" in name])
+# Each of those whose losses are not compared in `make test`, and one in stages.
+QUICK_STEPS = ["ETP2", "TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "PP2, ETP2, teacher PP2xETP2"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK_STEPS else [pytest.mark.slow]) for name in LAYOUTS if "ETP" in name])
 def test_split_experts_take_the_step_of_one_process(models: Path, recorded: Path, one_step: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     """Through a checkpoint, which the exported weights come from. The losses of more steps are compared above."""
     student, teacher, world_size = LAYOUTS[name]
@@ -360,6 +377,7 @@ def test_bf16_trains_experts_with_fp32_masters(models: Path, recorded: Path, poo
         assert ours["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["EP2", "EP2xPP2, teacher EP4", "TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "ETP2"])
 def test_every_layout_writes_the_same_first_rollouts(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, teacher, world_size = LAYOUTS[name]
@@ -373,9 +391,9 @@ def test_every_layout_writes_the_same_first_rollouts(models: Path, recorded: Pat
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("EP2xPP2, teacher EP4", "EP2"),
-        ("TP2+SP, experts on both", "EP2xPP2, teacher EP4"),
-        ("TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "EP2"),
+        pytest.param("EP2xPP2, teacher EP4", "EP2", marks=pytest.mark.slow),
+        pytest.param("TP2+SP, experts on both", "EP2xPP2, teacher EP4", marks=pytest.mark.slow),
+        pytest.param("TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "EP2", marks=pytest.mark.slow),
         ("EP2", "PP2, ETP2, teacher PP2xETP2"),
     ],
 )

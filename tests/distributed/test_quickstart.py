@@ -80,6 +80,7 @@ def test_show_answers_fails_for_another_model(short_run: Path, tmp_path: Path) -
     assert done.returncode == 1, done.stdout
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_stays_finished(short_run: Path) -> None:
     before = _lines(short_run / "metrics.jsonl")
     _run("quickstart", short_run, "training.steps=3", "evaluation.prompts=32", "data.task_size=2000", "rollout.record=true", ranks=4)

@@ -21,7 +21,7 @@ from tests.runs import LAYOUTS, metrics_of, run_job, run_until_step, small_confi
 ASSETS = Path(__file__).parents[2] / "recipes" / "assets"
 
 
-@pytest.mark.parametrize("name", ["TP2", "TP2xPP2", "DP2"])
+@pytest.mark.parametrize("name", ["TP2xPP2", pytest.param("TP2", marks=pytest.mark.slow), pytest.param("DP2", marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(models: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, _, world_size = LAYOUTS[name]
     config = dataclasses.replace(small_config(models, **student), checkpoint=CheckpointConfig(every_steps=2))
@@ -86,7 +86,7 @@ def _offloaded_bytes(config: RunConfig, run: Path) -> list[tuple[int, int]]:
     return held
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_what_is_offloaded_is_away_while_the_student_writes_and_changes_nothing(models: Path, pool: RankPool, tmp_path: Path, precision: str) -> None:
     """Bit for bit, across a stop and a resume: values only travel."""
     config = small_config(models, tensor=2)

@@ -22,7 +22,11 @@ from tests.runs import LAYOUTS, metrics_of, run_job, small_config, with_teacher
 ASSETS = Path(__file__).parents[2] / "recipes" / "assets"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Their axes come together with others below.
+SLOW = ("TP2+SP", "PP2", "DP2xPP2, teacher TP2", "PP2xVPP2", "CP2", "DP2, PP2 of the teacher's own")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS])
 def test_every_layout_gives_the_same_losses_and_gradient_norms(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, teacher, world_size = LAYOUTS[name]
     config = with_teacher(small_config(models, **student), **teacher)
