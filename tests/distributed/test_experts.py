@@ -137,6 +137,13 @@ def _cached_and_recomputed(folder: Path, layout: ParallelLayout, as_teacher: boo
     return written
 
 
+@pytest.fixture(scope="module")
+def written_alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    """A mixture of experts, and what one rank writes with it."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("mixture") / "hf", "qwen3_moe", scale=0.3)
+    return folder, [ids for ids, _, _ in pool.run(_cached_and_recomputed, folder, ParallelLayout(), False, world_size=1)[0]]
+
+
 @pytest.mark.parametrize(
     ("layout", "world_size", "as_teacher"),
     [
@@ -156,10 +163,9 @@ def _cached_and_recomputed(folder: Path, layout: ParallelLayout, as_teacher: boo
     ids=lambda value: value.describe() if isinstance(value, ParallelLayout) else None,
 )
 def test_cached_generation_is_that_of_the_whole_text_though_replicas_write_unevenly(
-    pool: RankPool, tmp_path: Path, layout: ParallelLayout, world_size: int, as_teacher: bool
+    pool: RankPool, written_alone: tuple[Path, list[list[int]]], layout: ParallelLayout, world_size: int, as_teacher: bool
 ) -> None:
-    folder = write_tiny_model(tmp_path / "hf", "qwen3_moe", scale=0.3)
-    reference = [ids for ids, _, _ in pool.run(_cached_and_recomputed, folder, ParallelLayout(), False, world_size=1)[0]]
+    folder, reference = written_alone
     results = [written for written in pool.run(_cached_and_recomputed, folder, layout, as_teacher, world_size=world_size) if written]
     assert [len(written) for written in results] == [4, 2][: max(1, world_size // layout.pipeline)]
     for written in results:
