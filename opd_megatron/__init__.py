@@ -5,8 +5,12 @@ import warnings
 __version__ = "0.1.0"
 
 
-def silence_known_warnings() -> None:
-    """Drop warnings that Megatron-Core raises in normal use and no user can act on; call before importing it."""
+def import_megatron() -> None:
+    """Import Megatron-Core, before anything else does: without warnings that no user can act on, and without torch's compiler where no GPU is.
+
+    Its decorators call torch.compile, which loads the compiler: a third of a process's start, and on the CPU none of what they decorate is called.
+    Its own switch (`megatron.core.jit.disable_jit_fuser`) is inside what it is for; use that once it can be set before.
+    """
     for message in (
         ".*Apex (is|are) not installed.*",
         "full scope is deprecated.*",
@@ -19,3 +23,12 @@ def silence_known_warnings() -> None:
         "torch.distributed is disabled, unavailable or uninitialized.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    import torch
+
+    compiler = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = compiler

@@ -116,7 +116,7 @@ def _check_alone(config: RunConfig) -> None:
 
 
 def _run(name: str, config: RunConfig, run_dir: Path) -> int:
-    opd_megatron.silence_known_warnings()
+    opd_megatron.import_megatron()
     from opd_megatron.training.job import run_job
 
     try:

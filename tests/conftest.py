@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,21 +23,3 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
-
-
-# Variants of tests of which `make test` runs others, to stay under fifteen minutes: `make test-slow` runs these.
-_SLOW_VARIANTS = re.compile(
-    r"test_conversion.*(logits_equal_transformers\[(?!qwen3-).*teacher|round_trip_in_one_process\[(?!qwen3-).*divisible)"
-    r"|test_experts.*(elsewhere\[(?!EP2-)|same_first_rollouts|alike\[(CP2, ETP4|TP2\+SP, EP2xETP2))"
-    r"|test_faults.*leave_nothing\[(other data recorded|every prompt too long|empty data)"
-    r"|test_plans.*(exits_2.*\[words([0-57]|8|10|13|14)-|can_be_planned\[(.*_from_rl_|.*_from_235b_|.*h200)|as_its_weights\[Qwen3-30B-A3B)"
-    r"|test_quickstart.*stays_finished"
-    r"|test_tools.*(experts_are\[(EP2xPP2|TP2)|says_the_same_wherever)"
-    r"|test_training.*(changes_nothing\[fp32|uninterrupted_one\[(TP2|DP2)\])"
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if _SLOW_VARIANTS.search(item.nodeid):
-            item.add_marker(pytest.mark.slow)

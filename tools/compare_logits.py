@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tolerance", type=float, help="largest difference allowed (default 1e-4 in fp32, 0.5 in bf16)")
     arguments = parser.parse_args()
-    opd_megatron.silence_known_warnings()
+    opd_megatron.import_megatron()
     from opd_megatron.parallel.world import join_world, leave_world
 
     try:

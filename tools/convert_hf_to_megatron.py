@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--hf", type=Path, required=True, help="folder with config.json and safetensors files")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to create")
     arguments = parser.parse_args()
-    opd_megatron.silence_known_warnings()
+    opd_megatron.import_megatron()
     from opd_megatron.models.convert import write_checkpoint
     from opd_megatron.models.weights import open_weights
     from opd_megatron.parallel.world import join_world, leave_world

@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as the checkpoint stores them")
     arguments = parser.parse_args()
-    opd_megatron.silence_known_warnings()
+    opd_megatron.import_megatron()
     import torch
 
     from opd_megatron.models.weights import export_hf, open_weights

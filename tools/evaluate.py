@@ -23,7 +23,7 @@ from opd_megatron.config.overrides import apply_overrides
 
 def main() -> int:
     arguments = _parse_arguments()
-    opd_megatron.silence_known_warnings()
+    opd_megatron.import_megatron()
     from opd_megatron.parallel.world import join_world, leave_world
 
     try:

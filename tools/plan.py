@@ -29,11 +29,11 @@ def main() -> int:
     arguments = _parse_arguments()
     # The plan is the same on a machine with GPUs, and takes none of them.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    opd_megatron.silence_known_warnings()
     try:
         config = _config(arguments)
         if not 0 < arguments.gpu_memory < math.inf:
             raise ValueError(f"--gpu-memory {arguments.gpu_memory} must be positive and not infinite, in GiB")
+        opd_megatron.import_megatron()
         from opd_megatron.planning import as_json, as_text, make_plan, shortfall
 
         refuse_what_a_run_would(config)

@@ -5,6 +5,8 @@ Measured with megatron-core 0.16.1. Megatron-Core has no CPU mode of its own; de
 
 from __future__ import annotations
 
+import multiprocessing.dummy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,11 +65,19 @@ def enable_cpu_backend() -> bool:
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[assignment]
     # Without CUDA this queues a lazy call: a silent no-op, and the tracker would not fork.
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    _write_checkpoints_in_threads()
     _keep_expert_counts_on_the_host()
     _even_out_the_tokens_of_split_experts()
     _mode = _CudaToCpu()
     _mode.__enter__()
     return True
+
+
+def _write_checkpoints_in_threads() -> None:
+    """Let threads write a checkpoint's files: Megatron-Core forks two processes on every rank, which costs more than small files, beside gloo's threads."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async.mp = SimpleNamespace(get_context=lambda _method: multiprocessing.dummy)
 
 
 def _keep_expert_counts_on_the_host() -> None:

@@ -7,7 +7,7 @@ but a logarithm of their sum per head), RMSNorm on queries and keys, rotary embe
 are kept, and one layer at a time is whole again in the backward.
 A mixture of experts is counted with balanced routing: every rank computes as many copies of tokens as it sends out, and where experts are split, those of
 all ranks that have a part of them. Left out: the last micro-batch's routes, which its dispatchers keep beside autograd (5 bytes a token, expert and layer).
-`tests/distributed/test_planning.py` compares the sum with what PyTorch saves.
+`tests/distributed/test_planned_activations.py` compares the sum with what PyTorch saves.
 """
 
 from __future__ import annotations

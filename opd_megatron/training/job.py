@@ -12,7 +12,6 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.models.weights import CheckpointWeights, export_hf
 from opd_megatron.parallel.world import Bridge, agreed_by_rank_0, join_world, leave_world, shared_errors, worlds
-from opd_megatron.reporting.report import write_report
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
@@ -150,6 +149,8 @@ def _export(checkpoints: CheckpointFolder, directory: RunDirectory) -> None:
     """Write the trained student as a Hugging Face folder, and the report; rank 0 writes while all wait."""
     with shared_errors():
         if dist.get_rank() == 0:
+            from opd_megatron.reporting.report import write_report  # matplotlib: half a second that only this rank needs
+
             latest = checkpoints.latest()
             assert latest is not None, "a finished run has saved its last step"
             export_hf(CheckpointWeights(latest), directory.hf, replace=True)

@@ -115,9 +115,14 @@ def _tied_then_untied(tied: Path, untied: Path, out: Path, layout: ParallelLayou
     _through_layout(untied, out / "untied", layout, vocab_multiple)
 
 
+# A vocabulary that needs no padding: one family here, the others are slow.
+SIZES = [(family, size) for family in FAMILIES for size in (264, 263)]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"TP{layout[0]}xPP{layout[1]}")
-@pytest.mark.parametrize("vocab_size", [264, 263], ids=["divisible", "padded"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "vocab_size"), [pytest.param(family, size, marks=[pytest.mark.slow] if size == 264 and family != "qwen3" else []) for family, size in SIZES]
+)
 def test_a_tied_then_an_untied_model_round_trip_in_one_process(pool: RankPool, tmp_path: Path, family: str, vocab_size: int, layout: tuple[int, int]) -> None:
     tied = write_tiny_model(tmp_path / "tied-hf", family, tied=True, vocab_size=vocab_size, seed=1)
     untied = write_tiny_model(tmp_path / "untied-hf", family, tied=False, vocab_size=vocab_size, seed=2)
@@ -164,10 +169,12 @@ def _logit_difference(folder: Path, layout: ParallelLayout, as_teacher: bool) ->
     return max(float((one[0] - other).abs().max()) for one, other in zip(ours, theirs, strict=True) if one is not None)
 
 
-@pytest.mark.parametrize("as_teacher", [False, True], ids=["student", "teacher"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"TP{layout[0]}xPP{layout[1]}")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "as_teacher"),
+    [*((family, False) for family in FAMILIES), *(pytest.param(family, True, marks=[pytest.mark.slow] if family != "qwen3" else []) for family in FAMILIES)],
+)
 def test_logits_equal_transformers(pool: RankPool, tmp_path: Path, family: str, tied: bool, layout: tuple[int, int], as_teacher: bool) -> None:
     folder = write_tiny_model(tmp_path / "hf", family, tied=tied, vocab_size=263)
     tensor, pipeline = layout

@@ -20,14 +20,14 @@ import torch
 from opd_megatron.config import CheckpointConfig, EvaluationConfig, RunConfig
 from tests.distributed.test_faults import ROOT, _command, _pid_of_rank, _start, _wait_for_step
 from tests.distributed.test_faults import models as faults_models
-from tests.distributed.test_training import _config, _job, _metrics, _state, _stop_after, _with_teacher, models, recorded
 from tests.pool import RankPool
+from tests.runs import metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher
 
-__all__ = ["faults_models", "models", "recorded"]
+__all__ = ["faults_models"]
 
 
 def _ahead(config: RunConfig, **rollout: Any) -> RunConfig:
-    config = _with_teacher(config, own=1)
+    config = with_teacher(config, own=1)
     assert config.teacher is not None
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, staleness=1), rollout=dataclasses.replace(config.rollout, **rollout))
 
@@ -38,43 +38,43 @@ def _versions(run: Path, step: int) -> set[int]:
 
 
 def test_one_batch_ahead_on_given_rollouts_changes_nothing(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
-    pool.run(_job, _ahead(_config(models), replay=str(recorded)), tmp_path / "run", world_size=2)
-    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+    pool.run(run_job, _ahead(small_config(models), replay=str(recorded)), tmp_path / "run", world_size=2)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(recorded), strict=True):
         for key in ("loss", "divergence", "grad_norm"):
             # fp32 sums in another order, as for any other layout.
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
 
 def test_a_stop_with_a_batch_under_way_ends_both_worlds_and_resumes(models: Path, pool: RankPool, tmp_path: Path) -> None:
-    config = _ahead(_config(models), record=True)
+    config = _ahead(small_config(models), record=True)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=5), checkpoint=CheckpointConfig(every_steps=1))
-    assert pool.run(_stop_after, config, tmp_path / "run", 2, world_size=2) == ["interrupted"] * 2
+    assert pool.run(run_until_step, config, tmp_path / "run", 2, world_size=2) == ["interrupted"] * 2
     # The first batch is on-policy; the second was written before the first update.
     assert [_versions(tmp_path / "run", step) for step in (1, 2)] == [{0}, {0}]
-    assert pool.run(_job, config, tmp_path / "run", world_size=2) == ["finished"] * 2
+    assert pool.run(run_job, config, tmp_path / "run", world_size=2) == ["finished"] * 2
     # The batch that was waiting is in the checkpoint, and goes on waiting.
-    assert [step["rollout_staleness"] for step in _metrics(tmp_path / "run")] == [0, 1, 1, 1, 1]
-    pool.run(_job, config, tmp_path / "whole", world_size=2)
-    whole, parts = _state(tmp_path / "whole"), _state(tmp_path / "run")
+    assert [step["rollout_staleness"] for step in metrics_of(tmp_path / "run")] == [0, 1, 1, 1, 1]
+    pool.run(run_job, config, tmp_path / "whole", world_size=2)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "run")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 def test_a_batch_written_ahead_is_dropped_where_the_resumed_run_must_be_on_policy(models: Path, pool: RankPool, tmp_path: Path) -> None:
-    config = _ahead(_config(models), record=True)
-    pool.run(_stop_after, config, tmp_path / "run", 1, world_size=2)
+    config = _ahead(small_config(models), record=True)
+    pool.run(run_until_step, config, tmp_path / "run", 1, world_size=2)
     assert config.teacher is not None
-    pool.run(_job, dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, staleness=0)), tmp_path / "run", world_size=2)
-    assert [step["rollout_staleness"] for step in _metrics(tmp_path / "run")] == [0, 0, 0]
+    pool.run(run_job, dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, staleness=0)), tmp_path / "run", world_size=2)
+    assert [step["rollout_staleness"] for step in metrics_of(tmp_path / "run")] == [0, 0, 0]
     assert [_versions(tmp_path / "run", step) for step in (1, 2, 3)] == [{0}, {1}, {2}]
 
 
 def test_a_damaged_batch_that_was_waiting_is_refused(models: Path, pool: RankPool, tmp_path: Path) -> None:
-    config = _ahead(_config(models))
-    pool.run(_stop_after, config, tmp_path / "run", 1, world_size=2)
+    config = _ahead(small_config(models))
+    pool.run(run_until_step, config, tmp_path / "run", 1, world_size=2)
     file = tmp_path / "run" / "checkpoints" / "step_1" / "written_ahead.jsonl"
     file.write_text(file.read_text()[:100])
     with pytest.raises(AssertionError, match=r"step_1 is damaged: .*written_ahead.jsonl:1 is not a recorded rollout.*move .*step_1 away"):
-        pool.run(_job, config, tmp_path / "run", world_size=2)
+        pool.run(run_job, config, tmp_path / "run", world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -90,18 +90,18 @@ def test_a_record_that_does_not_fit_is_named_by_the_students_ranks(
     first, *rest = record.read_text().splitlines()
     changed = {**json.loads(first), "response_ids": response, "sampled_logp": [-1.0] * len(response)}
     record.write_text("\n".join([json.dumps(changed), *rest]) + "\n")
-    config = _with_teacher(_config(models), own=1)
+    config = with_teacher(small_config(models), own=1)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=1, micro_batch_tokens=80))
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, replay=str(tmp_path / "record")))
     with pytest.raises(AssertionError, match=message):
-        pool.run(_job, config, tmp_path / "run", world_size=2)
+        pool.run(run_job, config, tmp_path / "run", world_size=2)
 
 
 def test_the_teacher_is_evaluated_on_its_own_ranks_as_elsewhere(models: Path, pool: RankPool, tmp_path: Path) -> None:
-    config = dataclasses.replace(_config(models), evaluation=EvaluationConfig(prompts=6))
+    config = dataclasses.replace(small_config(models), evaluation=EvaluationConfig(prompts=6))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, holdout_fraction=0.2), training=dataclasses.replace(config.training, steps=1))
-    pool.run(_job, config, tmp_path / "shared", world_size=1)
-    pool.run(_job, _with_teacher(config, own=2, tensor=2), tmp_path / "own", world_size=3)
+    pool.run(run_job, config, tmp_path / "shared", world_size=1)
+    pool.run(run_job, with_teacher(config, own=2, tensor=2), tmp_path / "own", world_size=3)
     shared, own = ([json.loads(line) for line in (tmp_path / run / "evals.jsonl").read_text().splitlines()] for run in ("shared", "own"))
     assert [record["who"] for record in own] == ["teacher", "student", "student"]
     for ours, reference in zip(own, shared, strict=True):

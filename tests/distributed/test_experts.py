@@ -28,9 +28,9 @@ from opd_megatron.models.weights import load_model, named_global_parameters, ope
 from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_groups
 from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.sampling import SamplingSettings
-from opd_megatron.training.job import run_in_world
 from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm
 from tests.pool import RankPool
+from tests.runs import metrics_of, run_job
 from tests.tiny import write_tiny_model
 
 TOKENS_BS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -137,24 +137,35 @@ def _cached_and_recomputed(folder: Path, layout: ParallelLayout, as_teacher: boo
     return written
 
 
-@pytest.mark.parametrize("as_teacher", [False, True], ids=["student", "teacher"])
+@pytest.fixture(scope="module")
+def written_alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    """A mixture of experts, and what one rank writes with it."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("mixture") / "hf", "qwen3_moe", scale=0.3)
+    return folder, [ids for ids, _, _ in pool.run(_cached_and_recomputed, folder, ParallelLayout(), False, world_size=1)[0]]
+
+
 @pytest.mark.parametrize(
-    ("layout", "world_size"),
+    ("layout", "world_size", "as_teacher"),
     [
-        (ParallelLayout(), 1),
-        (ParallelLayout(expert=2), 2),
-        (ParallelLayout(expert=4), 4),
-        (ParallelLayout(expert=2, pipeline=2), 4),
-        (ParallelLayout(expert=2, expert_tensor=2), 4),
-        (ParallelLayout(expert_tensor=2), 2),
+        (ParallelLayout(), 1, False),
+        (ParallelLayout(expert=2), 2, False),
+        (ParallelLayout(expert=2), 2, True),
+        (ParallelLayout(expert=2, pipeline=2), 4, False),
+        (ParallelLayout(expert=2, expert_tensor=2), 4, True),
+        (ParallelLayout(expert_tensor=2), 2, False),
+        pytest.param(ParallelLayout(), 1, True, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=4), 4, False, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=4), 4, True, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=2, pipeline=2), 4, True, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert=2, expert_tensor=2), 4, False, marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(expert_tensor=2), 2, True, marks=pytest.mark.slow),
     ],
-    ids=lambda value: value.describe() if isinstance(value, ParallelLayout) else "",
+    ids=lambda value: value.describe() if isinstance(value, ParallelLayout) else None,
 )
 def test_cached_generation_is_that_of_the_whole_text_though_replicas_write_unevenly(
-    pool: RankPool, tmp_path: Path, layout: ParallelLayout, world_size: int, as_teacher: bool
+    pool: RankPool, written_alone: tuple[Path, list[list[int]]], layout: ParallelLayout, world_size: int, as_teacher: bool
 ) -> None:
-    folder = write_tiny_model(tmp_path / "hf", "qwen3_moe", scale=0.3)
-    reference = [ids for ids, _, _ in pool.run(_cached_and_recomputed, folder, ParallelLayout(), False, world_size=1)[0]]
+    folder, reference = written_alone
     results = [written for written in pool.run(_cached_and_recomputed, folder, layout, as_teacher, world_size=world_size) if written]
     assert [len(written) for written in results] == [4, 2][: max(1, world_size // layout.pipeline)]
     for written in results:
@@ -216,19 +227,11 @@ def _config(models: Path, student: dict[str, Any], teacher: dict[str, Any], **ro
     )
 
 
-def _job(config: RunConfig, run: Path) -> str:
-    return run_in_world("test", config, run, torch.device("cpu"))
-
-
-def _metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def recorded(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A single-process run whose rollouts the other layouts replay."""
     run = tmp_path_factory.mktemp("recorded") / "run"
-    pool.run(_job, _config(models, {}, {}, record=True), run, world_size=1)
+    pool.run(run_job, _config(models, {}, {}, record=True), run, world_size=1)
     return run
 
 
@@ -252,11 +255,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Larger, or the same axes together with others.
+SLOW = ["TP2+SP, EP4, teacher EP2xPP2", "ETP2", "TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "CP2, ETP4, teacher CP2xETP2"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS])
 def test_every_layout_trains_alike(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, teacher, world_size = LAYOUTS[name]
-    pool.run(_job, _config(models, student, teacher, replay=str(recorded)), tmp_path / "run", world_size=world_size)
-    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+    pool.run(run_job, _config(models, student, teacher, replay=str(recorded)), tmp_path / "run", world_size=world_size)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(recorded), strict=True):
         # fp32 sums in another order; 1e-5 is what the project promises.
         for key in ("loss", "divergence", "grad_norm", "student_entropy"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
@@ -267,7 +274,7 @@ def deeper(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactor
     """A student with a layer for each of 4 chunks, and one process's run of it."""
     folder = tmp_path_factory.mktemp("deeper")
     write_tiny_model(folder / "student", "qwen3_moe", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=4)
-    pool.run(_job, _of(folder / "student", _config(models, {}, {}, record=True)), folder / "run", world_size=1)
+    pool.run(run_job, _of(folder / "student", _config(models, {}, {}, record=True)), folder / "run", world_size=1)
     return folder / "student", folder / "run"
 
 
@@ -278,20 +285,24 @@ def _of(student: Path, config: RunConfig) -> RunConfig:
 def test_chunks_of_a_pipeline_train_experts_alike(models: Path, deeper: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
     student, recorded = deeper
     config = _config(models, {"expert": 2, "pipeline": 2, "virtual": 2}, {"expert": 4}, replay=str(recorded))
-    pool.run(_job, _of(student, config), tmp_path / "run", world_size=4)
-    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+    pool.run(run_job, _of(student, config), tmp_path / "run", world_size=4)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(recorded), strict=True):
         # As above.
         for key in ("loss", "divergence", "grad_norm", "student_entropy"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
 
-@pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2, "sequence": True, "expert": 2}], ids=lambda layout: ParallelLayout(**layout).describe())
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({"expert": 2}, marks=pytest.mark.slow), {"tensor": 2, "sequence": True, "expert": 2}],
+    ids=lambda layout: ParallelLayout(**layout).describe(),
+)
 def test_packs_train_experts_alike(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, layout: dict[str, Any]) -> None:
     """Against rows of one process that are padded."""
     config = _config(models, layout, {"expert": 2}, replay=str(recorded))
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=1, micro_batch_tokens=96))
-    pool.run(_job, config, tmp_path / "run", world_size=2)
-    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+    pool.run(run_job, config, tmp_path / "run", world_size=2)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(recorded), strict=True):
         for key in ("loss", "divergence", "grad_norm", "student_entropy"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
@@ -299,7 +310,7 @@ def test_packs_train_experts_alike(models: Path, recorded: Path, pool: RankPool,
 @pytest.fixture(scope="module")
 def one_step(models: Path, recorded: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("one_step") / "run"
-    pool.run(_job, _after_one_step(_config(models, {}, {}, replay=str(recorded))), run, world_size=1)
+    pool.run(run_job, _after_one_step(_config(models, {}, {}, replay=str(recorded))), run, world_size=1)
     return run
 
 
@@ -307,11 +318,15 @@ def _after_one_step(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "ETP" in name])
+# Each of those whose losses are not compared in `make test`, and one in stages.
+QUICK_STEPS = ["ETP2", "TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "PP2, ETP2, teacher PP2xETP2"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK_STEPS else [pytest.mark.slow]) for name in LAYOUTS if "ETP" in name])
 def test_split_experts_take_the_step_of_one_process(models: Path, recorded: Path, one_step: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     """Through a checkpoint, which the exported weights come from. The losses of more steps are compared above."""
     student, teacher, world_size = LAYOUTS[name]
-    pool.run(_job, _after_one_step(_config(models, student, teacher, replay=str(recorded))), tmp_path / "run", world_size=world_size)
+    pool.run(run_job, _after_one_step(_config(models, student, teacher, replay=str(recorded))), tmp_path / "run", world_size=world_size)
     ours, exact, before = (
         load_file(file) for file in (tmp_path / "run/hf/model.safetensors", one_step / "hf/model.safetensors", models / "student/model.safetensors")
     )
@@ -327,8 +342,8 @@ def test_a_dense_student_learns_from_experts_wherever_they_are(models: Path, poo
     for name, teacher, world_size in (("one", {}, 1), ("spread", {"expert": 2}, 2)):
         config = _config(models, {}, teacher)
         config = dataclasses.replace(config, student=dataclasses.replace(config.student, hf=str(models / "dense")))
-        pool.run(_job, config, tmp_path / name, world_size=world_size)
-    for ours, reference in zip(_metrics(tmp_path / "spread"), _metrics(tmp_path / "one"), strict=True):
+        pool.run(run_job, config, tmp_path / name, world_size=world_size)
+    for ours, reference in zip(metrics_of(tmp_path / "spread"), metrics_of(tmp_path / "one"), strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
@@ -337,8 +352,8 @@ def test_a_teacher_on_ranks_of_its_own_spreads_its_experts_there(models: Path, r
     config = _config(models, {"expert": 2}, {"expert": 2}, replay=str(recorded))
     assert config.teacher is not None
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, placement="dedicated", num_ranks=2))
-    pool.run(_job, config, tmp_path / "run", world_size=4)
-    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+    pool.run(run_job, config, tmp_path / "run", world_size=4)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(recorded), strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
 
@@ -353,7 +368,7 @@ def test_experts_that_wait_on_the_host_change_nothing(models: Path, recorded: Pa
         training=dataclasses.replace(resident.training, offload_optimizer=True),
     )
     for name, config in (("resident", resident), ("offloaded", offloaded)):
-        pool.run(_job, config, tmp_path / name, world_size=2)
+        pool.run(run_job, config, tmp_path / name, world_size=2)
     here, there = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("resident", "offloaded"))
     assert all(torch.equal(here[name], there[name]) for name in here)
 
@@ -361,19 +376,20 @@ def test_experts_that_wait_on_the_host_change_nothing(models: Path, recorded: Pa
 def test_bf16_trains_experts_with_fp32_masters(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
     config = _config(models, *LAYOUTS["EP2xPP2, teacher EP4"][:2], replay=str(recorded))
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
-    pool.run(_job, config, tmp_path / "run", world_size=4)
-    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+    pool.run(run_job, config, tmp_path / "run", world_size=4)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(recorded), strict=True):
         # 8 bits of every hidden value, and now and then another expert for a token.
         assert ours["loss"] == pytest.approx(reference["loss"], rel=5e-2), ours["step"]
         assert ours["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["EP2", "EP2xPP2, teacher EP4", "TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "ETP2"])
 def test_every_layout_writes_the_same_first_rollouts(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     student, teacher, world_size = LAYOUTS[name]
     config = _config(models, student, teacher, record=True)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
-    pool.run(_job, config, tmp_path / "run", world_size=world_size)
+    pool.run(run_job, config, tmp_path / "run", world_size=world_size)
     ours, theirs = ([json.loads(line) for line in (run / "rollouts" / "step_1.jsonl").read_text().splitlines()] for run in (tmp_path / "run", recorded))
     assert [sample["response_ids"] for sample in ours] == [sample["response_ids"] for sample in theirs]
 
@@ -381,9 +397,9 @@ def test_every_layout_writes_the_same_first_rollouts(models: Path, recorded: Pat
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("EP2xPP2, teacher EP4", "EP2"),
-        ("TP2+SP, experts on both", "EP2xPP2, teacher EP4"),
-        ("TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "EP2"),
+        pytest.param("EP2xPP2, teacher EP4", "EP2", marks=pytest.mark.slow),
+        pytest.param("TP2+SP, experts on both", "EP2xPP2, teacher EP4", marks=pytest.mark.slow),
+        pytest.param("TP2+SP, EP2xETP2, teacher EP2xETP2xTP2", "EP2", marks=pytest.mark.slow),
         ("EP2", "PP2, ETP2, teacher PP2xETP2"),
     ],
 )
@@ -392,8 +408,8 @@ def test_a_run_resumes_with_its_experts_elsewhere(models: Path, recorded: Path, 
         student, teacher, world_size = LAYOUTS[name]
         config = _config(models, student, teacher, replay=str(recorded))
         config = dataclasses.replace(config, world_size=world_size, training=dataclasses.replace(config.training, steps=steps))
-        pool.run(_job, config, tmp_path / "run", world_size=world_size)
-    for ours, reference in zip(_metrics(tmp_path / "run"), _metrics(recorded), strict=True):
+        pool.run(run_job, config, tmp_path / "run", world_size=world_size)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(recorded), strict=True):
         # The third step's gradient shows weights, its update and norm Adam's moments: as in one run, to fp32 sums in another order.
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(reference[key], rel=1e-5), (key, ours["step"])
@@ -405,7 +421,7 @@ def test_a_run_resumes_with_its_experts_elsewhere(models: Path, recorded: Path, 
 def _models_left(config: RunConfig, run: Path) -> int:
     """Return how many more models there are after a run than before it."""
     before = _num_models()
-    run_in_world("test", config, run, torch.device("cpu"))
+    run_job(config, run)
     return _num_models() - before
 
 

@@ -18,11 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from opd_megatron.config import ImportanceConfig, LossConfig, ParallelLayout, PositionWeightsConfig, RunConfig
-from tests.distributed.test_training import _config, _job, _metrics, _state, _with_teacher, models, recorded
 from tests.pool import RankPool
 from tests.reference_losses import naive_clipped, naive_divergence
-
-__all__ = ["models", "recorded"]
+from tests.runs import metrics_of, run_job, small_config, weights_of, with_teacher
 
 RULES: dict[str, dict[str, Any]] = {
     "entropy_sample": {"ratio": 0.4},
@@ -46,8 +44,8 @@ def _replaying(config: RunConfig, recorded: Path, **changes: Any) -> RunConfig:
 
 
 def _steps(pool: RankPool, config: RunConfig, run: Path, world_size: int = 1) -> list[dict[str, float]]:
-    pool.run(_job, config, run, world_size=world_size)
-    return _metrics(run)
+    pool.run(run_job, config, run, world_size=world_size)
+    return metrics_of(run)
 
 
 def _weighing(rule: str, **options: Any) -> dict[str, Any]:
@@ -60,15 +58,15 @@ def test_every_layout_keeps_the_same_tokens(models: Path, recorded: Path, pool: 
     weighing = _weighing(rule, **RULES[rule])
     if rule == "soft_or_topk":
         weighing["loss"] = LossConfig(pointwise_clip=0.005)
-    base = dataclasses.replace(_config(models).training, steps=2)
-    reference = _steps(pool, _replaying(_config(models), recorded, training=base, **weighing), tmp_path / "one")
+    base = dataclasses.replace(small_config(models).training, steps=2)
+    reference = _steps(pool, _replaying(small_config(models), recorded, training=base, **weighing), tmp_path / "one")
     assert all(0.2 < step["kept_fraction"] < 0.6 for step in reference)
     if "loss" in weighing:
-        clipped_N = pool.run(_clipped_of_kept_tokens, _replaying(_config(models), recorded, **weighing), recorded, world_size=1)[0]
+        clipped_N = pool.run(_clipped_of_kept_tokens, _replaying(small_config(models), recorded, **weighing), recorded, world_size=1)[0]
         assert 0 < reference[0]["clip_fraction"] == float((clipped_N > 0).double().mean()) < 1
         assert reference[0]["clipped_entries_mean"] == float(clipped_N.double().mean()) > reference[0]["clip_fraction"]
     for name, (student, teacher, training, world_size) in LAYOUTS.items():
-        config = _with_teacher(_config(models, **student), **teacher)
+        config = with_teacher(small_config(models, **student), **teacher)
         config = _replaying(dataclasses.replace(config, training=dataclasses.replace(base, **training)), recorded, **weighing)
         for ours, theirs in zip(_steps(pool, config, tmp_path / name, world_size), reference, strict=True):
             for key in ("kept_fraction", "clip_fraction", "clipped_entries_mean"):
@@ -150,7 +148,7 @@ def _gradients(config: RunConfig, recorded: Path) -> tuple[dict[str, torch.Tenso
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
 def test_gradients_are_those_of_an_unfused_loss_with_dropped_rows_masked(models: Path, recorded: Path, pool: RankPool, kind: str) -> None:
-    config = _replaying(_config(models), recorded, **_weighing("soft_or_topk", ratio=0.3))
+    config = _replaying(small_config(models), recorded, **_weighing("soft_or_topk", ratio=0.3))
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kind=kind))
     fused, naive, num_kept = pool.run(_gradients, config, recorded, world_size=1)[0]
     assert 0 < num_kept < 80
@@ -161,18 +159,18 @@ def test_gradients_are_those_of_an_unfused_loss_with_dropped_rows_masked(models:
 
 def test_a_ratio_of_one_changes_no_bit(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
     for run, importance in (("all", ImportanceConfig()), ("one", ImportanceConfig(rule="soft_or_topk", ratio=1.0))):
-        pool.run(_job, _replaying(_config(models, tensor=2), recorded, importance=importance), tmp_path / run, world_size=2)
-    whole, one = _state(tmp_path / "all"), _state(tmp_path / "one")
+        pool.run(run_job, _replaying(small_config(models, tensor=2), recorded, importance=importance), tmp_path / run, world_size=2)
+    whole, one = weights_of(tmp_path / "all"), weights_of(tmp_path / "one")
     assert all(torch.equal(whole[name], one[name]) for name in whole)
-    assert [step["loss"] for step in _metrics(tmp_path / "all")] == [step["loss"] for step in _metrics(tmp_path / "one")]
+    assert [step["loss"] for step in metrics_of(tmp_path / "all")] == [step["loss"] for step in metrics_of(tmp_path / "one")]
 
 
 def test_a_run_whose_steps_keep_nothing_changes_nothing_and_is_saved(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
     """A thousandth of ten tokens is none; Adam never gets a state of its own."""
-    config = _replaying(_config(models, pipeline=2), recorded, **_weighing("entropy_topk", ratio=0.001))
+    config = _replaying(small_config(models, pipeline=2), recorded, **_weighing("entropy_topk", ratio=0.001))
     steps = _steps(pool, config, tmp_path / "run", 4)
     assert [(step["kept_fraction"], step["loss"], step["skipped_steps"]) for step in steps] == [(0, 0, 1), (0, 0, 2), (0, 0, 3)]
-    weights = _state(tmp_path / "run")
+    weights = weights_of(tmp_path / "run")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(Path(config.student.hf or "") / "model.safetensors").items())
 
 
@@ -180,7 +178,8 @@ def test_a_rank_without_a_kept_token_joins_in_everything(models: Path, recorded:
     """One token of the whole step is kept: three of four replicas have none."""
     options = {"ratio": 1 / 75, "select_scope": "step"}
     one, four = (
-        _steps(pool, _replaying(_config(models), recorded, **_weighing("div_topk", **options)), tmp_path / f"{world_size}", world_size) for world_size in (1, 4)
+        _steps(pool, _replaying(small_config(models), recorded, **_weighing("div_topk", **options)), tmp_path / f"{world_size}", world_size)
+        for world_size in (1, 4)
     )
     for ours, reference in zip(four, one, strict=True):
         assert ours["kept_fraction"] * ours["response_tokens"] == pytest.approx(1)
@@ -191,7 +190,7 @@ def test_a_rank_without_a_kept_token_joins_in_everything(models: Path, recorded:
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 def test_position_weights_in_training_are_those_of_the_formula(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, reduction: str) -> None:
     """The loss of step 1 by hand, from the divergence of each recorded token."""
-    config = _replaying(_config(models), recorded, position_weights=PositionWeightsConfig(enabled=True))
+    config = _replaying(small_config(models), recorded, position_weights=PositionWeightsConfig(enabled=True))
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reduction=reduction))
     lengths = [len(json.loads(line)["response_ids"]) for line in (recorded / "rollouts" / "step_1.jsonl").read_text().splitlines()]
     step = _steps(pool, config, tmp_path / "run")[0]

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from opd_megatron.config import DataConfig, EvaluationConfig, ParallelLayout, RolloutConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
-from opd_megatron.training.job import run_in_world
 from tests.pool import RankPool
+from tests.runs import run_job
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -93,16 +93,12 @@ def _config(
     )
 
 
-def _job(config: RunConfig, run: Path) -> str:
-    return run_in_world("test", config, run, torch.device("cpu"))
-
-
 @pytest.fixture(scope="module")
 def references(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The step of one process for each pair of kinds of model."""
     folder = tmp_path_factory.mktemp("references")
     for kinds in itertools.product(("dense", "experts"), repeat=2):
-        pool.run(_job, _config(models, {}, {}, kinds=kinds, record=True), folder / " ".join(kinds), world_size=1)
+        pool.run(run_job, _config(models, {}, {}, kinds=kinds, record=True), folder / " ".join(kinds), world_size=1)
     return folder
 
 
@@ -116,7 +112,7 @@ def test_every_pair_of_layouts_takes_the_step_of_one_process(
     student_ranks = {"TP1": 1, "TP2xPP2": 4}.get(student, 2)
     world_size = student_ranks + own if own else max(student_ranks, ParallelLayout(**theirs).model_size, theirs.get("expert", 1))
     reference = references / f"{_kind(ours)} {_kind(theirs)}"
-    pool.run(_job, _config(models, ours, theirs, own=own, replay=str(reference)), tmp_path / "run", world_size=world_size)
+    pool.run(run_job, _config(models, ours, theirs, own=own, replay=str(reference)), tmp_path / "run", world_size=world_size)
     _assert_same_step(tmp_path / "run", reference)
 
 
@@ -126,7 +122,7 @@ def test_eight_ranks_take_the_step_of_one_process(models: Path, references: Path
     reference = references / f"{_kind(ours)} {_kind(theirs)}"
     ranks = RankPool(8)
     try:
-        ranks.run(_job, _config(models, ours, theirs, replay=str(reference)), tmp_path / "run", world_size=8)
+        ranks.run(run_job, _config(models, ours, theirs, replay=str(reference)), tmp_path / "run", world_size=8)
     finally:
         ranks.close()
     _assert_same_step(tmp_path / "run", reference)

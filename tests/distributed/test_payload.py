@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.parallel.payload import Channel, deliver, plan_payload
-from tests.distributed.test_training import _config, _job, _metrics, _with_teacher, models
 from tests.pool import RankPool
-
-__all__ = ["models"]
+from tests.runs import metrics_of, run_job, small_config, with_teacher
 
 WIDTH = 3
 NUM_SAMPLES = 12
@@ -105,10 +103,10 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, int]] = {
 @pytest.mark.parametrize("name", RUNS)
 def test_one_copy_of_the_hidden_states_crosses(models: Path, pool: RankPool, tmp_path: Path, name: str, precision: str, itemsize: int) -> None:
     student, teacher, world_size, crossings, sent_inside = RUNS[name]
-    config = _with_teacher(_config(models, **student), **teacher)
+    config = with_teacher(small_config(models, **student), **teacher)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1, precision=precision))
-    pool.run(_job, config, tmp_path / "run", world_size=world_size)
-    (step,) = _metrics(tmp_path / "run")
+    pool.run(run_job, config, tmp_path / "run", world_size=world_size)
+    (step,) = metrics_of(tmp_path / "run")
     row_bytes = itemsize * 96
     assert step["payload_bytes_per_token"] == crossings * row_bytes
     # Shares are made even with less than a row a rank: here one row in all, where something crosses to two ranks.

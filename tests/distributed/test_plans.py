@@ -1,6 +1,6 @@
 """Whole plans: every recipe, worlds of any size, what does not fit, and `tools/plan.py`.
 
-Not covered here: whether running ranks hold and send what was planned (test_planning.py).
+Not covered here: whether running ranks hold and send what was planned (test_planned_*.py).
 """
 
 from __future__ import annotations
@@ -15,20 +15,11 @@ from typing import Any
 
 import pytest
 
-from opd_megatron.config import (
-    DataConfig,
-    ParallelLayout,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainingConfig,
-    apply_overrides,
-)
+from opd_megatron.config import DataConfig, ParallelLayout, RunConfig, StudentConfig, TeacherConfig, TrainingConfig, apply_overrides
 from recipes.run import all_recipes, find_recipe
-from tests.distributed.test_planning import GIB, PUBLISHED, ROOT, models, planner
+from tests.planned import GIB, PUBLISHED, ROOT
+from tests.programs import run_program
 from tools.plan import refuse_what_a_run_would
-
-__all__ = ["models", "planner"]
 
 # The rules of token importance are runs of the quickstart: the same ranks, layouts and sizes.
 RECIPES = {name: recipe for name, recipe in all_recipes().items() if recipe.__module__ != "recipes.token_importance"}
@@ -51,7 +42,11 @@ def timed_summary(config: RunConfig) -> tuple[Any, float]:
     return summary(config), time.process_time() - started
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# The models of others in other layouts.
+LARGER = ("_from_rl_", "_from_235b_", "h200")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if any(part in name for part in LARGER) else []) for name in RECIPES])
 def test_every_recipe_can_be_planned(planner: Callable[..., Any], name: str) -> None:
     missing, record = planner(summary, RECIPES[name]())
     assert missing is None
@@ -90,8 +85,8 @@ def planned_weights(config: RunConfig) -> int:
     return term.num_bytes
 
 
-# 12,032 experts take 20 s to build.
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "Qwen3-235B-A22B" else name for name in PARAMETERS])
+# Thousands of experts take seconds to build.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("Qwen3-") and "-A" in name else []) for name in PARAMETERS])
 def test_a_published_architecture_has_as_many_parameters_as_its_weights(planner: Callable[..., Any], name: str) -> None:
     config = RunConfig(
         student=StudentConfig(hf=f"models/{name}", vocab_multiple=1), data=DataConfig(prompts="x.jsonl"), training=TrainingConfig(objective="sft")
@@ -185,10 +180,10 @@ def test_one_batch_ahead_the_student_holds_scores_while_it_writes(planner: Calla
     assert waiting == [[], [64 * 3072 * 4096 * 2] * 2]
 
 
-def test_a_mixture_is_refused_where_it_cannot_train(models: Path) -> None:
+def test_a_mixture_is_refused_where_it_cannot_train(planned_models: Path) -> None:
     from opd_megatron.planning.architectures import know_model
 
-    mixture, layout = str(models / "mixture"), ParallelLayout(tensor=2)
+    mixture, layout = str(planned_models / "mixture"), ParallelLayout(tensor=2)
     with pytest.raises(ValueError, match="trains a mixture of experts only under sequence parallelism"):
         know_model("student", StudentConfig(hf=mixture, layout=layout), PUBLISHED)
     assert know_model("teacher", TeacherConfig(hf=mixture, layout=layout), PUBLISHED).architecture.experts is not None
@@ -197,12 +192,8 @@ def test_a_mixture_is_refused_where_it_cannot_train(models: Path) -> None:
 # --- the command line --------------------------------------------------------------------------------------------------------------------
 
 
-def tool(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_the_tool_prints_one_json_object_for_programs() -> None:
-    done = tool("quickstart", "--json")
+    done = subprocess.run([sys.executable, "tools/plan.py", "quickstart", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout)
     assert (record["world_size"], record["fits"]) == (4, True)
@@ -211,7 +202,7 @@ def test_the_tool_prints_one_json_object_for_programs() -> None:
 
 @pytest.mark.slow
 def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -> None:
-    done = tool("qwen3_1p7b_from_8b_8gpu_h100", "--nodes", "2", "--gpu-memory", "24")
+    done = run_program("tools.plan", "qwen3_1p7b_from_8b_8gpu_h100", "--nodes", "2", "--gpu-memory", "24")
     assert done.returncode == 2
     assert "16 ranks = TP 2 x PP 1 x CP 1 x DP 8" in done.stdout
     assert done.stderr.startswith("error: rank ")
@@ -248,7 +239,7 @@ def test_the_tool_exits_2_with_the_plan_and_the_way_out_when_it_does_not_fit() -
     ],
 )
 def test_wrong_input_exits_2_with_one_line(words: tuple[str, ...], message: str) -> None:
-    done = tool(*words)
+    done = run_program("tools.plan", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1

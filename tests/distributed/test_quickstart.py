@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[2]
+from tests.programs import ROOT, run_program
 
 
 def _run(recipe: str, run: Path, *overrides: str, ranks: int) -> subprocess.CompletedProcess[str]:
@@ -76,10 +76,11 @@ def test_show_answers_fails_for_another_model(short_run: Path, tmp_path: Path) -
     shutil.copy(ROOT / "recipes" / "assets" / "tiny_student" / "model.safetensors", tmp_path / "run" / "hf" / "model.safetensors")
     weights = load_file(tmp_path / "run" / "hf" / "model.safetensors")
     save_file({name: weight * 0.5 for name, weight in weights.items()}, tmp_path / "run" / "hf" / "model.safetensors", metadata={"format": "pt"})
-    done = subprocess.run([sys.executable, "tools/show_answers.py", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_program("tools.show_answers", tmp_path / "run")
     assert done.returncode == 1, done.stdout
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_stays_finished(short_run: Path) -> None:
     before = _lines(short_run / "metrics.jsonl")
     _run("quickstart", short_run, "training.steps=3", "evaluation.prompts=32", "data.task_size=2000", "rollout.record=true", ranks=4)

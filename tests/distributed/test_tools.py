@@ -1,4 +1,4 @@
-"""The command lines, as a user calls them."""
+"""The tools: what they print, write and refuse. Some are started as a user starts them, the others without the seconds of imports (tests/programs.py)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.programs import ROOT, run_program
 from tests.tiny import write_tiny_model
 
-ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "recipes" / "assets"
 
 
 def _tool(name: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return run_program(f"tools.{name}", *arguments, ranks=ranks)
+
+
+def _started(name: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable] if ranks == 1 else [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run([*launcher, f"tools/{name}.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
@@ -25,7 +29,7 @@ def _tool(name: str, *arguments: object, ranks: int = 1) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "checkpoint"
-    done = _tool("convert_hf_to_megatron", "--hf", ASSETS / "tiny_student", "--out", out)
+    done = _started("convert_hf_to_megatron", "--hf", ASSETS / "tiny_student", "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -41,7 +45,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_converting_there_and_back_gives_the_same_folder(checkpoint: Path, tmp_path: Path) -> None:
-    assert _tool("convert_megatron_to_hf", "--checkpoint", checkpoint, "--out", tmp_path / "hf").returncode == 0
+    assert _started("convert_megatron_to_hf", "--checkpoint", checkpoint, "--out", tmp_path / "hf").returncode == 0
     source, back = (load_file(folder / "model.safetensors") for folder in (ASSETS / "tiny_student", tmp_path / "hf"))
     assert source.keys() == back.keys()
     assert all(torch.equal(source[name], back[name]) for name in source)
@@ -69,7 +73,8 @@ def test_compare_logits_finds_no_difference(checkpoint: Path, arguments: tuple[o
 )
 def test_compare_logits_finds_no_difference_wherever_experts_are(mixture: tuple[Path, Path], arguments: tuple[object, ...], ranks: int) -> None:
     hf, checkpoint = mixture
-    done = _tool("compare_logits", "--hf", hf, "--checkpoint", checkpoint, *arguments, ranks=ranks)
+    tool = _started if ranks == 2 else _tool
+    done = tool("compare_logits", "--hf", hf, "--checkpoint", checkpoint, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["max_difference"] < 1e-4
 
@@ -90,7 +95,7 @@ def test_evaluate_prints_one_json_object_last(checkpoint: Path, tmp_path: Path) 
     common = ("--data", tmp_path / "prompts.jsonl", "--max-response-tokens", 12, "grader=exact")
     by_checkpoint = _tool("evaluate", "--checkpoint", checkpoint, *common)
     assert by_checkpoint.returncode == 0, by_checkpoint.stderr
-    by_folder = _tool("evaluate", "--hf", ASSETS / "tiny_student", *common)
+    by_folder = _started("evaluate", "--hf", ASSETS / "tiny_student", *common)
     records = [json.loads(done.stdout.splitlines()[-1]) for done in (by_checkpoint, by_folder)]
     assert records[0]["accuracy"] == records[1]["accuracy"] >= 0.75
     assert records[0]["pass_at_k"] == {"1": records[0]["accuracy"]}

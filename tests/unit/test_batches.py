@@ -1,6 +1,6 @@
 """Which samples are computed together, in rows or in packs, and where in them the scored positions are.
 
-Not covered: that a model keeps the sequences of a pack apart (tests/distributed/test_training.py).
+Not covered: that a model keeps the sequences of a pack apart (tests/distributed/test_packing.py).
 """
 
 from __future__ import annotations

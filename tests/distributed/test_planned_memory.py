@@ -1,0 +1,164 @@
+"""Planned memory against what ranks really hold. Plans of worlds that no test can start are in test_plans.py.
+
+What a forward keeps and needs is in test_planned_activations.py, what is sent in test_planned_messages.py. Not covered: GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_megatron.config import ParallelLayout, RunConfig, apply_overrides
+from tests.planned import LAYOUTS, MIXTURES, PUBLISHED, buffers, build, config_of, longest_rollouts, storages, tiny_config
+from tests.pool import RankPool
+
+
+def held_bytes(config: RunConfig, bridge: Any = None) -> dict[str, int]:
+    """Return what this rank of the student really holds of each kind, every storage once."""
+    from opd_megatron.training.optimizer import optimizer_state, prime_adam
+
+    student, teacher = build(config, bridge)
+    received = teacher.score(longest_rollouts(config))
+    prime_adam(student.optimizer)
+    weights = storages(student.model.parameters())
+    gradients = storages(buffer.grad_data for buffer in buffers(student))
+    optimizer = storages(optimizer_state(student.optimizer))
+    return {
+        "weights": sum(weights.values()),
+        "gradients": sum(gradients.values()),
+        "optimizer": sum(optimizer.values()),
+        "teacher weights": sum(storages(teacher.scorer.model.parameters() if teacher.scorer is not None else []).values()),
+        "scores received": sum(rows.nbytes for rows in (received.rows if received is not None else {}).values()),
+        "teacher head slice": sum(storages([teacher.head_WG] if teacher.head_WG is not None else []).values()),
+        "payload bytes": teacher.payload_bytes,
+        "gathered bytes": teacher.gathered_bytes,
+    }
+
+
+def held_apart(config: RunConfig) -> dict[str, int]:
+    """Return the same of a rank of either world, the teacher's having ranks of its own."""
+    from opd_megatron.models.weights import open_weights
+    from opd_megatron.parallel.groups import teacher_groups
+    from opd_megatron.parallel.world import worlds
+    from opd_megatron.training.setup import make_router, make_scorer
+
+    with worlds(config.num_teacher_ranks) as bridge:
+        if bridge.rank in bridge.student_ranks:
+            return held_bytes(config, bridge)
+        device, source = torch.device("cpu"), open_weights(hf=config.teacher.hf)
+        scorer, router = make_scorer(source, config, teacher_groups(config.teacher.layout), device), make_router(source, config, bridge)
+        rollouts = bridge.told_by_student().rollouts
+        route, rows = router.route(rollouts), scorer.hidden_rows(rollouts)
+        router.deliver(route, rows, device)
+        return {
+            "teacher weights": sum(storages(scorer.model.parameters()).values()),
+            "scores made": sum(part.nbytes for part in rows.values()),
+            "payload bytes": route.plan.sent_rows() * router.row_bytes,
+            "gathered bytes": route.plan.gathered_rows() * router.row_bytes,
+        }
+
+
+def planned_bytes(config: RunConfig) -> list[dict[str, int]]:
+    """Return the plan of every rank of the world, not only of those that a plan shows."""
+    from opd_megatron.models.gpt import DTYPES
+    from opd_megatron.planning import make_plan
+    from opd_megatron.planning.architectures import know_model
+    from opd_megatron.planning.memory import rank_memory
+    from opd_megatron.planning.payload import step_payload
+    from opd_megatron.planning.ranks import plan_rank
+
+    student, teacher = know_model("student", config.student, PUBLISHED), know_model("teacher", config.teacher, PUBLISHED)
+    payload, row_bytes = step_payload(config), teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize
+    ranks = [rank_memory(plan_rank(config, student, teacher, payload, rank)) for rank in range(config.world_size)]
+    plan = make_plan(config, PUBLISHED)
+    everyone = {"payload bytes": plan.payload_bytes, "gathered bytes": plan.payload_gathered_bytes}
+    scores = [{"scores received": payload.needed_rows(rank) * row_bytes, "scores made": payload.held_rows(rank) * row_bytes} for rank in range(len(ranks))]
+    return [{**{term.name: term.num_bytes for term in memory.terms}, **everyone, **own} for memory, own in zip(ranks, scores, strict=True)]
+
+
+# The same tensors with fewer bytes in each: one layout of dense models and one of mixtures.
+QUICK_BF16 = ("TP2xPP2, teacher DP4", "EP2xPP2, teacher EP4")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((name, "fp32") for name in (*LAYOUTS, *MIXTURES)),
+        *(pytest.param(name, "bf16", marks=[] if name in QUICK_BF16 else [pytest.mark.slow]) for name in (*LAYOUTS, *MIXTURES)),
+    ],
+)
+def test_ranks_hold_what_was_planned(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str, precision: str) -> None:
+    config = config_of(planned_models, name, precision)
+    planned = planner(planned_bytes, config)
+    for rank, held in enumerate(pool.run(held_bytes, config)):
+        for kind, num_bytes in held.items():
+            # Megatron aligns every parameter in its buffers, which is much of a tiny norm and nothing of a real matrix.
+            rel = 0.1 if kind in ("weights", "gradients", "optimizer") else 0
+            assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
+
+
+APART = {
+    "TP2, teacher TP2 on ranks of its own": ({"tensor": 2}, {"tensor": 2}),
+    "PP2, teacher CP2 on ranks of its own": ({"pipeline": 2}, {"context": 2}),
+    "EP2, teacher EP2 on ranks of its own": ({"expert": 2}, {"expert": 2}),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_ranks_of_two_worlds_hold_what_was_planned(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
+    student, teacher = APART[name]
+    config = tiny_config(planned_models, ParallelLayout(**student), ParallelLayout(**teacher), world_size=4, mixture="expert" in student)
+    config = apply_overrides(config, ["teacher.placement=dedicated", "teacher.num_ranks=2", "teacher.staleness=1"])
+    planned, measured = planner(planned_bytes, config), pool.run(held_apart, config)
+    for rank, held in enumerate(measured):
+        for kind, num_bytes in held.items():
+            # As above: alignment of tiny parameters.
+            rel = 0.1 if kind in ("weights", "gradients", "optimizer") else 0
+            assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
+        assert {kind for kind in planned[rank] if kind in ("weights", "teacher weights")} == {"weights" if rank < 2 else "teacher weights"}
+    assert sum(held.get("scores received", 0) for held in measured) > 0
+
+
+def bytes_inside_and_outside(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """Return, of what is offloaded, the bytes on the device in the phase that needs it and in the others."""
+    from opd_megatron.training.optimizer import optimizer_state, prime_adam
+
+    student, teacher = build(config)
+    with student.optimizer_on_device():
+        prime_adam(student.optimizer)
+
+    def now() -> dict[str, int]:
+        kinds = {
+            "gradients": [buffer.grad_data for buffer in buffers(student)],
+            "optimizer": optimizer_state(student.optimizer),
+            "teacher weights": list(teacher.scorer.model.parameters()),
+        }
+        return {kind: sum(storages(tensors).values()) for kind, tensors in kinds.items()}
+
+    outside = now()
+    with student.optimizer_on_device(), teacher.scorer.on_device():
+        inside = now()
+    return {kind: (inside[kind], outside[kind]) for kind in inside}
+
+
+def planned_phases(config: RunConfig) -> dict[str, dict[str, int]]:
+    from opd_megatron.planning import make_plan
+
+    phases: dict[str, dict[str, int]] = {}
+    for term in make_plan(config, PUBLISHED).ranks[0].terms:
+        phases.setdefault(term.name, {})[term.phase] = term.num_bytes
+    return phases
+
+
+def test_what_waits_on_the_host_is_planned_for_its_phase_only(planned_models: Path, pool: RankPool, planner: Callable[..., Any]) -> None:
+    config = apply_overrides(config_of(planned_models, "TP2xPP2, teacher DP4"), ["teacher.placement=offloaded", "training.offload_optimizer=true"])
+    planned = planner(planned_phases, config)
+    for kind, (inside, outside) in pool.run(bytes_inside_and_outside, config)[0].items():
+        assert list(planned[kind]) == ["teacher" if kind == "teacher weights" else "train"]
+        # As above: alignment of tiny parameters.
+        assert sum(planned[kind].values()) == pytest.approx(inside, rel=0.1)
+        assert outside == 0
