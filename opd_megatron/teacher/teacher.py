@@ -28,7 +28,9 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
-    """Tell them that the student's weights, which are the teacher's, come now."""
+    """Tell them that the student's weights, which are the teacher's, come now, and from which ranks: `transfer.WeightTransfer`."""
+
+    sources: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)

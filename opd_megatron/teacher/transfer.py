@@ -44,7 +44,7 @@ def held_slices(model: ModelChunks, groups: ModelGroups, architecture: Architect
 
 @dataclass(frozen=True, kw_only=True)
 class WeightTransfer:
-    """Who broadcasts which slice: `sources[row name][place]` are ranks of the job. The same on all of them."""
+    """Who broadcasts which slice: `sources[row name][place]` are ranks of the job, all of the student. The same on every rank of the job."""
 
     architecture: Architecture
     bridge: Bridge
@@ -52,22 +52,6 @@ class WeightTransfer:
     padded_vocab: int
     dtype: torch.dtype
     device: torch.device
-
-    @classmethod
-    def plan(
-        cls, architecture: Architecture, bridge: Bridge, held: Mapping[str, HeldSlice], *, padded_vocab: int, dtype: torch.dtype, device: torch.device
-    ) -> WeightTransfer:
-        """Let all ranks of the job know who holds what of the student, and choose a source of every slice; those of neighbouring rows differ."""
-        places: list[dict[str, int]] = [{} for _ in range(bridge.group.size())]
-        dist.all_gather_object(places, {name: piece.place for name, piece in held.items()}, group=bridge.group)
-        sources = {}
-        for number, row in enumerate(weight_map(architecture)):
-            holders: dict[int, list[int]] = {}
-            for rank, by_name in enumerate(places):
-                if row.name in by_name:
-                    holders.setdefault(by_name[row.name], []).append(rank)
-            sources[row.name] = tuple(ranks[number % len(ranks)] for _, ranks in sorted(holders.items()))
-        return cls(architecture=architecture, bridge=bridge, sources=sources, padded_vocab=padded_vocab, dtype=dtype, device=device)
 
     def sent_from(self, rank: int) -> list[str]:
         """Return the rows of which a rank sends a slice."""
@@ -94,6 +78,20 @@ class WeightTransfer:
             piece = torch.empty(sliced_shape(row, num_slices, self.padded_vocab), dtype=self.dtype, device=self.device)
         dist.broadcast(piece, src=source, group=self.bridge.group)
         return piece
+
+
+def choose_sources(architecture: Architecture, bridge: Bridge, held: Mapping[str, HeldSlice]) -> dict[str, tuple[int, ...]]:
+    """Let all ranks of the student know who holds what, and choose a source of every slice; those of neighbouring rows differ."""
+    places: list[dict[str, int]] = [{} for _ in bridge.student_ranks]
+    dist.all_gather_object(places, {name: piece.place for name, piece in held.items()})
+    sources = {}
+    for number, row in enumerate(weight_map(architecture)):
+        holders: dict[int, list[int]] = {}
+        for rank, by_name in zip(bridge.student_ranks, places, strict=True):
+            if row.name in by_name:
+                holders.setdefault(by_name[row.name], []).append(rank)
+        sources[row.name] = tuple(ranks[number % len(ranks)] for _, ranks in sorted(holders.items()))
+    return sources
 
 
 def model_sinks(model: ModelChunks, groups: ModelGroups, architecture: Architecture, *, vocab_multiple: int) -> dict[str, list[Sink]]:

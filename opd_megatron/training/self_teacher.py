@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,7 +12,7 @@ from opd_megatron.models.weights import WeightSource
 from opd_megatron.parallel.world import Bridge
 from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Refresh, Teacher
-from opd_megatron.teacher.transfer import HeldSlice, WeightTransfer, head_sink, held_slices, joined, model_sinks
+from opd_megatron.teacher.transfer import WeightTransfer, choose_sources, head_sink, held_slices, joined, model_sinks
 from opd_megatron.training.average import MovingAverage
 from opd_megatron.training.student import Student
 
@@ -21,7 +21,7 @@ def refresh_from(student: Student, teacher: Teacher, config: RunConfig, source: 
     """Return what brings the student's weights, or their average, to the teacher; every rank of the student calls it. The average begins here."""
     assert config.teacher is not None
     held = held_slices(student.model, student.groups, source.architecture)
-    transfer = _plan(config, source, bridge, held, student.device)
+    transfer = _transfer(config, source, bridge, choose_sources(source.architecture, bridge, held), student.device)
     if config.teacher.weights == "ema":
         owned = {name: held[name].parameter for name in transfer.sent_from(bridge.rank)}
         student.average = MovingAverage(owned, config.teacher.ema_decay)
@@ -34,7 +34,7 @@ def refresh_from(student: Student, teacher: Teacher, config: RunConfig, source: 
 
     def refresh() -> None:
         if scorer is None:
-            bridge.tell_teacher(Refresh())
+            bridge.tell_teacher(Refresh(sources=transfer.sources))
             transfer.run(own, head)
         else:
             with scorer.changing_weights():
@@ -43,20 +43,19 @@ def refresh_from(student: Student, teacher: Teacher, config: RunConfig, source: 
     return refresh
 
 
-def refresh_into(scorer: Scorer, config: RunConfig, source: WeightSource, bridge: Bridge, device: torch.device) -> Callable[[], None]:
-    """Return what takes them on a rank of the teacher's own; it is called when the student says so."""
-    transfer = _plan(config, source, bridge, {}, device)
+def take_refresh(message: Refresh, scorer: Scorer, config: RunConfig, source: WeightSource, bridge: Bridge, device: torch.device) -> None:
+    """Take the weights that the student sends, on a rank of the teacher's own."""
 
     def nothing(name: str) -> torch.Tensor:
         raise AssertionError(f"a rank of the teacher's own holds nothing of the student, not {name}")
 
-    def refresh() -> None:
-        with scorer.changing_weights():
-            transfer.run(nothing, model_sinks(scorer.model, scorer.groups, source.architecture, vocab_multiple=1))
-
-    return refresh
+    with scorer.changing_weights():
+        sinks = model_sinks(scorer.model, scorer.groups, source.architecture, vocab_multiple=1)
+        _transfer(config, source, bridge, message.sources, device).run(nothing, sinks)
 
 
-def _plan(config: RunConfig, source: WeightSource, bridge: Bridge, held: dict[str, HeldSlice], device: torch.device) -> WeightTransfer:
+def _transfer(config: RunConfig, source: WeightSource, bridge: Bridge, sources: Mapping[str, tuple[int, ...]], device: torch.device) -> WeightTransfer:
     padded = source.architecture.padded_vocab_size(config.student.layout.tensor, config.student.vocab_multiple)
-    return WeightTransfer.plan(source.architecture, bridge, held, padded_vocab=padded, dtype=DTYPES[config.training.precision], device=device)
+    return WeightTransfer(
+        architecture=source.architecture, bridge=bridge, sources=sources, padded_vocab=padded, dtype=DTYPES[config.training.precision], device=device
+    )

@@ -13,7 +13,7 @@ from opd_megatron.parallel.world import Bridge
 from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Evaluate, Leave, Refresh, Score
 from opd_megatron.training.evaluator import evaluate_held_out
-from opd_megatron.training.self_teacher import refresh_into
+from opd_megatron.training.self_teacher import take_refresh
 from opd_megatron.training.setup import Sources, make_router, make_sampler, make_scorer
 
 
@@ -34,14 +34,12 @@ def _serve_weights(
 ) -> Literal["finished", "interrupted"] | None:
     scorer = make_scorer(source, config, groups, device)
     router = make_router(source, config, bridge)
-    refresh = refresh_into(scorer, config, source, bridge, device) if config.teacher is not None and config.teacher.moves else None
     while True:
         match bridge.told_by_student():
             case Score(rollouts=rollouts):
                 router.deliver(router.route(rollouts), scorer.hidden_rows(rollouts), device)
-            case Refresh():
-                assert refresh is not None
-                refresh()
+            case Refresh() as message:
+                take_refresh(message, scorer, config, source, bridge, device)
             case Evaluate():
                 bridge.tell_student(_evaluate(scorer, config, sources))
             case Leave(status=status):

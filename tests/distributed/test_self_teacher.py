@@ -21,7 +21,7 @@ from opd_megatron.models.weights import CheckpointWeights, open_weights
 from opd_megatron.parallel.groups import student_groups
 from opd_megatron.parallel.world import worlds
 from opd_megatron.rollout.rollouts import replay_rollouts
-from opd_megatron.teacher.transfer import WeightTransfer, held_slices
+from opd_megatron.teacher.transfer import WeightTransfer, choose_sources, held_slices
 from opd_megatron.training.student import Student
 from tests.pool import RankPool
 from tests.reference_losses import naive_divergence
@@ -238,7 +238,9 @@ def _broadcasts(config: RunConfig) -> int:
     with worlds(0) as bridge:
         student = Student(config, source, student_groups(config.student.layout, seed=1), device)
         held = held_slices(student.model, student.groups, source.architecture)
-        transfer = WeightTransfer.plan(source.architecture, bridge, held, padded_vocab=student.padded_vocab, dtype=torch.float32, device=device)
+        sources = choose_sources(source.architecture, bridge, held)
+        sizes = {"padded_vocab": student.padded_vocab, "dtype": torch.float32, "device": device}
+        transfer = WeightTransfer(architecture=source.architecture, bridge=bridge, sources=sources, **sizes)
         sent = torch.zeros(bridge.group.size())
         sent[bridge.rank] = len(transfer.sent_from(bridge.rank))
         dist.all_reduce(sent)
