@@ -9,13 +9,9 @@ from typing import Any
 import torch
 
 from opd_megatron.config import DataConfig, EvaluationConfig, ParallelLayout, RolloutConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
-
-ROOT = Path(__file__).parents[2]
-
+from tests.programs import ROOT
 
 PUBLISHED = (ROOT / "recipes" / "architectures", ROOT / "recipes" / "assets")
-
-
 GIB = 1 << 30
 
 

@@ -75,7 +75,7 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def _wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
             return

@@ -17,8 +17,8 @@ import pytest
 
 from opd_megatron.config import DataConfig, ParallelLayout, RunConfig, StudentConfig, TeacherConfig, TrainingConfig, apply_overrides
 from recipes.run import all_recipes, find_recipe
-from tests.planned import GIB, PUBLISHED, ROOT
-from tests.programs import run_program
+from tests.planned import GIB, PUBLISHED
+from tests.programs import ROOT, run_program
 from tools.plan import refuse_what_a_run_would
 
 # The rules of token importance are runs of the quickstart: the same ranks, layouts and sizes.

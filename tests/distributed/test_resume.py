@@ -51,12 +51,11 @@ def test_a_run_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path:
 
 def test_a_tied_student_in_stages_resumes_bit_for_bit_whatever_its_sizes(models: Path, pool: RankPool, tmp_path: Path) -> None:
     """The committed student's embedding does not fill its gradient bucket: 262 * 96 is no multiple of 128."""
-    assets = Path(__file__).parents[2] / "recipes" / "assets"
     config = small_config(models, tensor=2, pipeline=2)
     config = dataclasses.replace(
         config,
-        student=dataclasses.replace(config.student, hf=str(assets / "tiny_student"), vocab_multiple=1),
-        teacher=dataclasses.replace(config.teacher, hf=str(assets / "tiny_teacher")),
+        student=dataclasses.replace(config.student, hf=str(ASSETS / "tiny_student"), vocab_multiple=1),
+        teacher=dataclasses.replace(config.teacher, hf=str(ASSETS / "tiny_teacher")),
     )
     pool.run(run_job, config, tmp_path / "whole", world_size=4)
     pool.run(run_until_step, config, tmp_path / "parts", 2, world_size=4)
