@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,7 @@ class UnfusedObjective:
     ratio: float
     kept_T: torch.Tensor
     exact: bool = False
+    counts_clipped: ClassVar[bool] = False
 
     def __call__(self, hidden_TH: torch.Tensor, head_VH: torch.Tensor, micro_batch: Any) -> FusedDivergence:
         student_TV = self._logits(hidden_TH, head_VH)
