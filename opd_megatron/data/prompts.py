@@ -33,8 +33,8 @@ class Prompt:
     target: str | None
     entry: Any = None
     teacher_ids: tuple[int, ...] | None = None
-    # What the template of a privileged teacher was given.
-    solution: str | None = None
+    # The last user message that a privileged teacher reads.
+    teacher_message: str | None = None
 
     def as_teacher_reads(self) -> Prompt:
         """Return the prompt with the teacher's tokens."""
@@ -54,14 +54,14 @@ class PromptSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a short hash of indices, messages, answers, targets and solutions that a teacher reads, by which a resumed run notices replaced data.
+        """Return a short hash of indices, messages, answers, targets and what a privileged teacher is asked, by which a resumed run notices replaced data.
 
         Token ids stay out: some chat templates print today's date, and a run may resume tomorrow.
         """
         digest = hashlib.sha256()
         for prompt in self.prompts:
             read = [prompt.index, prompt.messages, prompt.answer, prompt.target]
-            digest.update(_canonical_json([*read, prompt.solution] if prompt.teacher_ids is not None else read) + b"\n")
+            digest.update(_canonical_json([*read, prompt.teacher_message] if prompt.teacher_message is not None else read) + b"\n")
         return digest.hexdigest()[:16]
 
     def batch(self, step: int, size: int, seed: int) -> list[Prompt]:
@@ -104,12 +104,14 @@ def load_prompts(
     limit: int | None = None,
     privileged: PrivilegedConfig | None = None,
     max_teacher_tokens: int | None = None,
+    drop_without_room: bool = True,
 ) -> PromptSet:
     """Return the prompts of one part of `data.prompts`, the first `limit` that qualify.
 
     `train` and `evaluation` are told apart by a hash of the prompt's messages against `data.holdout_fraction`, so they share
     no prompt even if the source repeats one; `all` does not split. `evaluation` holds each distinct prompt once. Prompts of more than
-    `data.max_prompt_tokens` tokens are dropped, and those whose teacher would read more than `max_teacher_tokens`.
+    `data.max_prompt_tokens` tokens are dropped, and those whose teacher would read more than `max_teacher_tokens`: or, with `drop_without_room=False`, they
+    are kept for the student alone.
     ValueError if the source is unusable, a row lacks what a template mentions, or nothing is left.
     """
     if limit is not None and limit < 1:
@@ -123,9 +125,11 @@ def load_prompts(
             continue
         if teacher_ids is not None and max_teacher_tokens is not None and len(teacher_ids) > max_teacher_tokens:
             counts.no_room += 1
-            continue
-        known = {"answer": row.answer, "target": row.target, "solution": row.solution, "entry": row.entry}
-        prompts.append(Prompt(index=row.index, messages=read.messages, ids=ids, teacher_ids=teacher_ids, **known))
+            if drop_without_room:
+                continue
+            teacher_ids = None
+        known = {"answer": row.answer, "target": row.target, "entry": row.entry}
+        prompts.append(Prompt(index=row.index, messages=read.messages, ids=ids, teacher_ids=teacher_ids, teacher_message=read.teacher_message, **known))
         if len(prompts) == limit:
             break
     if not prompts:

@@ -31,7 +31,7 @@ def row_from_record(record: Mapping[str, Any], *, index: int, where: str, data: 
     prompt = _prompt_value(record, where, data)
     answer = _answer_text(record.get(data.answer_key), where, data.answer_key)
     solution = record.get(data.solution_key)
-    solution = solution if isinstance(solution, str) and solution.strip() else None
+    solution = str(solution) if isinstance(solution, str | int | float) else None
     if isinstance(prompt, str):
         return plain_row(prompt, index=index, where=where, answer=answer, target=_target_text(record, None, answer, where), solution=solution)
     messages, reply = _split_reply(_text_messages(prompt, where), where)

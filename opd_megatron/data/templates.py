@@ -38,16 +38,22 @@ class PromptTemplate:
             raise ValueError(f"{self.where} is no Jinja template: {error}") from None
         if unknown := sorted(self.variables - set(known)):
             raise ValueError(f"{self.where} mentions {', '.join(unknown)}; a prompt template knows {', '.join(known)}")
+        if "problem" not in self.variables:
+            raise ValueError(f"{self.where} does not mention problem; write {{{{ problem }}}} where the message of the data belongs")
 
     def render(self, values: Mapping[str, str | None], where: str) -> str:
         """Return the message for one row; ValueError, starting with `where`, if a variable that the template mentions has no value."""
         for name in sorted(self.variables):
             if values[name] is None or not str(values[name]).strip():
-                raise ValueError(f"{where}: the row has no {name}, which {self.where} mentions; set data.{name}_key to a key that has it, or remove the row")
+                raise ValueError(
+                    f"{where}: the row has no {name}, which {self.where} mentions; set data.{name}_key to a key that has it, or remove the row "
+                    "(held-out rows need it for evaluation.teacher=true alone)"
+                )
         try:
             return self._template.render(values)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {self.where} fails on this row: {error}") from None
+        except Exception as error:
+            # A template is the user's program: whatever it raises is about this row.
+            raise ValueError(f"{where}: {self.where} fails on this row: {type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,8 @@ class ReadText:
     messages: tuple[dict[str, str], ...]
     student: str
     teacher: str | None
+    # Its last user message, before any chat template.
+    teacher_message: str | None
 
 
 class PromptText:
@@ -81,9 +89,13 @@ class PromptText:
         messages = _written(row, self._student)
         student = self._rendered(row, messages, kwargs)
         if self._teacher is None:
-            return ReadText(messages=messages, student=student, teacher=None)
-        teacher = self._rendered(row, _written(row, self._teacher), {**kwargs, **self._privileged.chat_template_kwargs})
-        return ReadText(messages=messages, student=student, teacher=ending_as(teacher, student) if self._privileged.thinking == "student" else teacher)
+            return ReadText(messages=messages, student=student, teacher=None, teacher_message=None)
+        told = _written(row, self._teacher)
+        teacher = self._rendered(row, told, {**kwargs, **self._privileged.chat_template_kwargs})
+        # Without a chat template, the end is the row's own text.
+        if self._privileged.thinking == "student" and self.has_chat_template:
+            teacher = ending_as(teacher, student)
+        return ReadText(messages=messages, student=student, teacher=teacher, teacher_message=told[-1]["content"])
 
     def _rendered(self, row: Row, messages: Sequence[dict[str, str]], kwargs: Mapping[str, Any]) -> str:
         if not self.has_chat_template:

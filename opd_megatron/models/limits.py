@@ -20,14 +20,23 @@ def check_length(config: RunConfig, role: str, architecture: Architecture) -> No
     if longest > architecture.max_positions:
         raise ValueError(f"data.max_prompt_tokens + {key} = {longest} exceeds the {role}'s {architecture.max_positions} positions; lower one of them")
     limit = config.privileged.max_prompt_tokens
-    if role == "teacher" and limit is not None and limit + response > architecture.max_positions:
-        raise ValueError(
-            f"privileged.max_prompt_tokens + {key} = {limit + response} exceeds the teacher's {architecture.max_positions} positions; lower one of them"
-        )
+    if role == "teacher" and limit is not None and (total := limit + config.rollout.max_response_tokens) > architecture.max_positions:
+        keys = "privileged.max_prompt_tokens + rollout.max_response_tokens"
+        raise ValueError(f"{keys} = {total} exceeds the teacher's {architecture.max_positions} positions; lower one of them")
 
 
 def longest_teacher_prompt(config: RunConfig, teacher: Architecture) -> int:
-    """Return how many tokens a prompt of the teacher may have: as many as the student's, or a privileged one's as many as leave room for the response."""
+    """Return how many tokens a prompt of the teacher may have in training: the student's limit, or of a privileged one what the response leaves."""
     if config.privileged.template is None:
         return config.data.max_prompt_tokens
-    return config.privileged.max_prompt_tokens or teacher.max_positions - longest_response(config)[1]
+    return config.privileged.max_prompt_tokens or teacher.max_positions - config.rollout.max_response_tokens
+
+
+def longest_evaluated_teacher_prompt(config: RunConfig, teacher: Architecture) -> int:
+    """Return the same where the teacher itself answers."""
+    return min(longest_teacher_prompt(config, teacher), teacher.max_positions - evaluation_tokens(config))
+
+
+def evaluation_tokens(config: RunConfig) -> int:
+    """Return the longest response of an evaluation."""
+    return config.evaluation.max_response_tokens or config.rollout.max_response_tokens

@@ -37,8 +37,14 @@ class Offloaded:
         """Return whether these are the same storages."""
         return self._keys == {tensor.untyped_storage()._cdata for tensor in tensors}
 
-    def forget_values(self) -> None:
-        """Let the next `leave` bring the values of frozen tensors to the host again: they were written over."""
+    def arrive_empty(self) -> None:
+        """Allocate the device's memory for values that are about to be written; the next `leave` brings those to the host, of frozen tensors as well."""
+        if self._stream is not None:
+            # What may still travel must not land on the new values.
+            torch.cuda.current_stream().wait_stream(self._stream)
+        self._arrived.clear()
+        for tensor, size in zip(self._tensors, self._sizes, strict=True):
+            tensor.untyped_storage().resize_(size)
         self._saved = False
 
     def leave(self) -> None:

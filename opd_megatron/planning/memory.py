@@ -91,8 +91,8 @@ def _states(rank: PlannedRank, student: PlannedModel) -> list[Term]:
         Term(
             name="average",
             phase="always",
-            num_bytes=averaged * sum(-(-number * FP32_BYTES // num_ranks) for number, num_ranks in shares),
-            why=f"fp32 weights of the teacher, split over {over}",
+            num_bytes=averaged * max(sum(-(-number * FP32_BYTES // num_ranks) for number, num_ranks in shares), FP32_BYTES * _largest_slice(student)),
+            why=f"fp32 weights of the teacher, whole slices spread over {over}",
         ),
         Term(name="weights", phase="always", num_bytes=count * itemsize, why=f"{count:,} parameters of {itemsize} bytes"),
         Term(name="gradients", phase=updating, num_bytes=count * FP32_BYTES, why="fp32 buffer of DistributedDataParallel"),
@@ -103,6 +103,11 @@ def _states(rank: PlannedRank, student: PlannedModel) -> list[Term]:
             why=f"fp32 {'master weights and ' if master else ''}two moments, split over {over}; padding ignored",
         ),
     ]
+
+
+def _largest_slice(student: PlannedModel) -> int:
+    """Return the most numbers of one tensor that a tensor rank holds."""
+    return max(math.prod(row.shape) // (1 if row.split_dim is None else student.groups.layout.tensor) for row in weight_map(student.known.architecture))
 
 
 def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> list[Term]:

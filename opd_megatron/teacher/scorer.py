@@ -53,11 +53,13 @@ class Scorer:
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
-        """Have the weights on the device to be written over; offloaded ones leave as they then are."""
-        with self.on_device():
+        """Have room on the device for weights that are all written anew; offloaded ones leave as they then are."""
+        if self.offloaded is None:
             yield
-            if self.offloaded is not None:
-                self.offloaded.forget_values()
+            return
+        self.offloaded.arrive_empty()
+        yield
+        self.offloaded.leave()
 
     def hidden_rows(self, rollouts: Rollouts) -> dict[int, torch.Tensor]:
         """Return {sample: hidden states [R, G] of the scored positions in this rank's context window} for its replica's share, on the last stage."""

@@ -6,6 +6,7 @@ replicas, and each rank keeps what its part of the teacher needs. Any layout goe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -81,16 +82,22 @@ class WeightTransfer:
 
 
 def choose_sources(architecture: Architecture, bridge: Bridge, held: Mapping[str, HeldSlice]) -> dict[str, tuple[int, ...]]:
-    """Let all ranks of the student know who holds what, and choose a source of every slice; those of neighbouring rows differ."""
+    """Let all ranks of the student know who holds what, and choose a source of every slice: the holder with the least to send so far, large slices first."""
     places: list[dict[str, int]] = [{} for _ in bridge.student_ranks]
     dist.all_gather_object(places, {name: piece.place for name, piece in held.items()})
+    rows = weight_map(architecture)
+    holders: dict[str, dict[int, list[int]]] = {row.name: {} for row in rows}
+    for rank, by_name in zip(bridge.student_ranks, places, strict=True):
+        for name, place in by_name.items():
+            holders[name].setdefault(place, []).append(rank)
+    load = dict.fromkeys(bridge.student_ranks, 0)
     sources = {}
-    for number, row in enumerate(weight_map(architecture)):
-        holders: dict[int, list[int]] = {}
-        for rank, by_name in zip(bridge.student_ranks, places, strict=True):
-            if row.name in by_name:
-                holders.setdefault(by_name[row.name], []).append(rank)
-        sources[row.name] = tuple(ranks[number % len(ranks)] for _, ranks in sorted(holders.items()))
+    for row in sorted(rows, key=lambda row: -math.prod(row.shape)):
+        chosen = []
+        for _, ranks in sorted(holders[row.name].items()):
+            chosen.append(min(ranks, key=lambda rank: (load[rank], rank)))
+            load[chosen[-1]] += math.prod(row.shape) // len(holders[row.name])
+        sources[row.name] = tuple(chosen)
     return sources
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.prompts import Prompt
 from opd_megatron.evaluation.accuracy import evaluate
 from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.sampling import SamplingSettings
@@ -49,16 +50,24 @@ def evaluate_held_out(sampler: Sampler, config: RunConfig, sources: Sources, *, 
     """
     if sources.evaluation_prompts is None:
         return None
+    prompts = sources.evaluation_prompts.prompts
+    if as_teacher and not (prompts := _read_by_teacher(prompts)):
+        return None
     settings = SamplingSettings(
         max_response_tokens=config.evaluation.max_response_tokens or config.rollout.max_response_tokens, temperature=config.evaluation.temperature
     )
     return evaluate(
         sampler,
         sampler.groups,
-        [prompt.as_teacher_reads() if as_teacher else prompt for prompt in sources.evaluation_prompts.prompts],
+        prompts,
         sources.tokenizer,
         sources.grader,
         settings,
         samples_per_prompt=config.evaluation.samples_per_prompt,
         seed=config.seed,
     )
+
+
+def _read_by_teacher(prompts: list[Prompt]) -> list[Prompt]:
+    """Return the prompts as a teacher reads them; of a privileged one, without those that leave no room for its answer."""
+    return [prompt.as_teacher_reads() for prompt in prompts if prompt.teacher_message is None or prompt.teacher_ids is not None]

@@ -43,8 +43,8 @@ class Importance:
     def weigh(self, student: Student, micro_batches: MicroBatches, objective: Objective, step: int) -> tuple[MicroBatches, dict[str, float]]:
         """Return the micro-batches with a weight for every token, the same on all ranks, and what is to be recorded of it.
 
-        A rule costs a forward pass over the whole step, without gradient. Statistics that are not finite weigh nothing differently: the loss
-        then shows them, and the step is skipped.
+        A rule costs a forward pass over the whole step, without gradient. Where its statistics are not finite, no weight is: nor is the loss, and the
+        step is skipped.
         """
         if self.is_plain or isinstance(objective, SupervisedFineTuning):
             return micro_batches, {}
@@ -53,7 +53,7 @@ class Importance:
         if self.rule is not None:
             statistics = student.statistics(micro_batches, objective, self.config.importance.temperature)
             if not bool(torch.stack(_host(statistics)).isfinite().all()):
-                return micro_batches, {}
+                return replace(micro_batches, weight_N=torch.full((sum(lengths),), math.nan, device=student.device)), {}
             selection = self._select(TokenStatistics(*_host(statistics)), lengths, self.rule, step)
             kept_N = selection.weights_T
             metrics = _selection_metrics(TokenStatistics(*_host(statistics)), selection)

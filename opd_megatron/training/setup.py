@@ -18,7 +18,7 @@ from opd_megatron.evaluation.graders import check_gradable, make_grader
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import DTYPES, ModelChunks
 from opd_megatron.models.hf_folder import stop_token_ids
-from opd_megatron.models.limits import longest_teacher_prompt
+from opd_megatron.models.limits import longest_evaluated_teacher_prompt, longest_teacher_prompt
 from opd_megatron.models.weights import WeightSource, open_weights
 from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_groups
 from opd_megatron.parallel.layout import RankGrid
@@ -188,15 +188,21 @@ def _load_data(config: RunConfig, evaluation_data: DataConfig, tokenizer: Any, t
     """Return training and held-out prompts. An evaluation source of its own leaves the training source whole."""
     wanted = config.evaluation.prompts
     train: Part = "train" if isinstance(wanted, int) and wanted else "all"
-    max_teacher_tokens = longest_teacher_prompt(config, teacher) if teacher is not None else None
-    prompts = load_prompts(config.data, tokenizer, part=train, privileged=config.privileged, max_teacher_tokens=max_teacher_tokens)
+    privileged = config.privileged if teacher is not None else None
+    room = longest_teacher_prompt(config, teacher) if teacher is not None else None
+    prompts = load_prompts(config.data, tokenizer, part=train, privileged=privileged, max_teacher_tokens=room)
     if wanted == 0:
         return prompts, None
     held_out: Part = "all" if isinstance(wanted, str) else "evaluation"
     limit = wanted if isinstance(wanted, int) else None
-    # Only a teacher that is measured reads what is held out.
-    privileged = config.privileged if config.evaluation.teacher and teacher is not None else None
-    return prompts, load_prompts(evaluation_data, tokenizer, part=held_out, limit=limit, privileged=privileged, max_teacher_tokens=max_teacher_tokens)
+    if teacher is None or not config.evaluation.teacher:
+        return prompts, load_prompts(evaluation_data, tokenizer, part=held_out, limit=limit)
+    # The student is measured on all of them, whatever the teacher is told.
+    room = longest_evaluated_teacher_prompt(config, teacher)
+    held_out_prompts = load_prompts(
+        evaluation_data, tokenizer, part=held_out, limit=limit, privileged=privileged, max_teacher_tokens=room, drop_without_room=False
+    )
+    return prompts, held_out_prompts
 
 
 def describe_data(sources: Sources) -> str:
@@ -206,4 +212,6 @@ def describe_data(sources: Sources) -> str:
     dropped = f", {prompts.num_dropped_long} dropped as too long" if prompts.num_dropped_long else ""
     if prompts.num_dropped_privileged:
         dropped += f", {prompts.num_dropped_privileged} dropped because their privileged prompt leaves the teacher no room for a response"
-    return f"data: {len(prompts):,} training prompts{dropped}, {held_out:,} held out; world size {dist.get_world_size()}"
+    unread = sources.evaluation_prompts.num_dropped_privileged if sources.evaluation_prompts is not None else 0
+    beside = f" (the teacher is measured without {unread}, which leave it no room)" if unread else ""
+    return f"data: {len(prompts):,} training prompts{dropped}, {held_out:,} held out{beside}; world size {dist.get_world_size()}"

@@ -96,7 +96,7 @@ class Trainer:
             micro_batches, weighing = self.importance.weigh(self.student, micro_batches, self.objective, step)
         with self._measured("train"):
             sums, norm, updated = self.student.train_step(micro_batches, self.objective)
-        self._advance(step, updated, sums.loss, norm)
+        self._advance(step, updated, sums, norm)
         return {"step": step, **self._metrics(rollouts, micro_batches.plan.num_positions, sums, norm, time.perf_counter() - started), **weighing}
 
     def _write(self, step: int) -> Rollouts:
@@ -136,15 +136,21 @@ class Trainer:
             "step_seconds": step_seconds,
         }
 
-    def _advance(self, step: int, updated: bool, loss: float, norm: float) -> None:
+    def _advance(self, step: int, updated: bool, sums: LossSums, norm: float) -> None:
         """Count the step; end the run when too many in a row changed nothing."""
         in_a_row = 0 if updated else self.progress.skipped_in_a_row + 1
         self.progress = replace(self.progress, step=step, skipped_steps=self.progress.skipped_steps + (not updated), skipped_in_a_row=in_a_row)
         if not updated:
-            self.recorder.note(f"step {step} changed nothing: loss sum {loss}, gradient norm {norm}")
+            self.recorder.note(f"step {step} changed nothing: {sums.tokens:.0f} tokens, loss sum {sums.loss}, gradient norm {norm}")
+        if in_a_row >= self.config.training.max_skipped_steps and sums.tokens == 0:
+            importance = self.config.importance
+            raise ValueError(
+                f"{in_a_row} steps in a row were skipped because no token was left to train on: importance.rule={importance.rule} keeps none of responses as "
+                f"short as these at importance.ratio={importance.ratio}; raise it, or set importance.min_keep=1 or importance.select_scope=step"
+            )
         if in_a_row >= self.config.training.max_skipped_steps:
             raise RuntimeError(
-                f"{in_a_row} steps in a row were skipped, the last with loss sum {loss} and gradient norm {norm}; "
+                f"{in_a_row} steps in a row were skipped, the last with loss sum {sums.loss} and gradient norm {norm}; "
                 "lower training.learning_rate, or resume from an earlier checkpoint"
             )
 

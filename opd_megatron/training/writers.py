@@ -64,7 +64,7 @@ class Replayed:
             rollouts = replay_rollouts(RunDirectory(self.run).rollout_file(step))
             if len(rollouts.samples) != self.num_sequences:
                 raise ValueError(f"{self.run} recorded {len(rollouts.samples)} samples for step {step}, this run takes {self.num_sequences}")
-            if self.privileged != any(sample.teacher_prompt_ids is not None for sample in rollouts.samples):
+            if {sample.teacher_prompt_ids is not None for sample in rollouts.samples} != {self.privileged}:
                 raise ValueError(f"{self.run} was recorded {'without' if self.privileged else 'with'} privileged.template; replay it as it was recorded")
             read = [ids for sample in rollouts.samples for ids in (sample.prompt_ids, sample.response_ids, sample.teacher_prompt_ids) if ids is not None]
             largest = int(torch.cat(read).max())

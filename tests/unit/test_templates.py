@@ -86,7 +86,7 @@ def test_the_response_begins_behind_the_same_block_of_thinking(tmp_path, tokeniz
     assert _read(_load(tmp_path, tokenizer, as_written, chat_template_kwargs={"enable_thinking": False}), tokenizer)[0][1].endswith("two.<|assistant|>")
 
 
-@pytest.mark.parametrize("row", [{"prompt": "3?"}, {"prompt": "3?", "solution": "  "}, {"prompt": "3?", "solution": 3}], ids=["absent", "blank", "no text"])
+@pytest.mark.parametrize("row", [{"prompt": "3?"}, {"prompt": "3?", "solution": "  "}, {"prompt": "3?", "solution": ["3"]}], ids=["absent", "blank", "no text"])
 def test_a_row_without_its_solution_is_refused_with_its_place(tmp_path, tokenizer, template, row):
     with pytest.raises(ValueError, match=r"rows\.jsonl:3: the row has no solution, which privileged\.template=.* mentions; set data\.solution_key"):
         _load(tmp_path, tokenizer, template, [*ROWS, row])
@@ -103,6 +103,20 @@ def test_a_privileged_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path
         _load(tmp_path, tokenizer, template, room=5)
 
 
+def test_held_out_prompts_stay_for_the_student_where_the_teacher_has_no_room(tmp_path, tokenizer, template):
+    data = DataConfig(prompts=write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    lengths = [len(prompt.teacher_ids or ()) for prompt in _load(tmp_path, tokenizer, template).prompts]
+    prompts = load_prompts(data, tokenizer, part="all", privileged=template, max_teacher_tokens=min(lengths), drop_without_room=False)
+    assert [prompt.teacher_ids is None for prompt in prompts.prompts] == [length > min(lengths) for length in lengths]
+    assert (len(prompts), prompts.num_dropped_privileged) == (2, 1)
+
+
+def test_the_fingerprint_notices_a_changed_template(tmp_path, tokenizer, template):
+    before = _load(tmp_path, tokenizer, template).fingerprint
+    Path(template.template).write_text("{{ problem }} {{ solution }}")
+    assert _load(tmp_path, tokenizer, template).fingerprint != before
+
+
 def test_the_fingerprint_notices_a_changed_solution_where_it_is_read(tmp_path, tokenizer, template):
     changed = [{**ROWS[0], "solution": "Count."}, ROWS[1]]
     with_teacher = {_load(tmp_path, tokenizer, template, rows).fingerprint for rows in (ROWS, changed)}
@@ -112,7 +126,9 @@ def test_the_fingerprint_notices_a_changed_solution_where_it_is_read(tmp_path, t
 
 def test_without_a_chat_template_the_texts_pass_as_they_are(tmp_path, template):
     bare = byte_tokenizer(template=None)
-    assert _read(_load(tmp_path, bare, template, ROWS[:1]), bare) == [("1 + 1?", "1 + 1?\nSolution: One and one is two.")]
+    # What looks like the end of a chat template is the row's own text here.
+    rows = [{**ROWS[0], "solution": "It ends with <think>"}]
+    assert _read(_load(tmp_path, bare, template, rows), bare) == [("1 + 1?", "1 + 1?\nSolution: It ends with <think>")]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +136,10 @@ def test_without_a_chat_template_the_texts_pass_as_they_are(tmp_path, template):
     [
         ("{{ problem }} {{ solutoin }}", r"mentions solutoin; a prompt template knows problem, solution, answer"),
         ("{{ problem ", r"is no Jinja template: "),
+        ("{{ solution }}", r"does not mention problem; write "),
         (None, r"cannot be read \(.*No such file"),
     ],
-    ids=["unknown variable", "malformed", "absent"],
+    ids=["unknown variable", "malformed", "no problem", "absent"],
 )
 def test_templates_that_cannot_be_used_are_refused_before_anything_is_read(tmp_path, text, message):
     file = tmp_path / "teacher.jinja"
@@ -136,6 +153,13 @@ def test_a_students_template_cannot_show_it_the_solution(tmp_path):
     (tmp_path / "student.jinja").write_text("{{ problem }} {{ solution }}")
     with pytest.raises(ValueError, match=r"data\.prompt_template=.* mentions solution; a prompt template knows problem"):
         check_templates(DataConfig(prompts="x.jsonl", prompt_template=str(tmp_path / "student.jinja")), PrivilegedConfig())
+
+
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"])
+def test_whatever_a_template_raises_is_about_the_row(tmp_path, tokenizer, text):
+    (tmp_path / "bad.jinja").write_text("{{ problem }}" + text)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: privileged\.template=.* fails on this row: (ZeroDivision|Overflow|Recursion)Error"):
+        _load(tmp_path, tokenizer, PrivilegedConfig(template=str(tmp_path / "bad.jinja")))
 
 
 def test_a_template_cannot_leave_its_sandbox(tmp_path, tokenizer):
