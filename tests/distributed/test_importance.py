@@ -174,6 +174,22 @@ def test_a_run_whose_steps_keep_nothing_changes_nothing_and_is_saved(models: Pat
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(Path(config.student.hf or "") / "model.safetensors").items())
 
 
+def test_steps_that_keep_nothing_end_the_run_with_the_way_out(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _replaying(small_config(models), recorded, **_weighing("entropy_topk", ratio=0.001))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, max_skipped_steps=2))
+    with pytest.raises(AssertionError, match=r"ValueError: 2 steps in a row were skipped because no token was left .* importance\.ratio=0\.001; raise it"):
+        pool.run(run_job, config, tmp_path / "run", world_size=1)
+
+
+def test_statistics_that_are_not_finite_skip_the_step(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Logits over such a temperature are infinite; the loss, at its own temperature, would be finite."""
+    config = _replaying(small_config(models, tensor=2), recorded, **_weighing("soft_or_topk", temperature=1e-40))
+    steps = _steps(pool, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)), tmp_path / "run", 2)
+    assert steps[0]["skipped_steps"] == 1
+    weights = weights_of(tmp_path / "run")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(Path(config.student.hf or "") / "model.safetensors").items())
+
+
 def test_a_rank_without_a_kept_token_joins_in_everything(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
     """One token of the whole step is kept: three of four replicas have none."""
     options = {"ratio": 1 / 75, "select_scope": "step"}

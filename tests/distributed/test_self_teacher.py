@@ -241,12 +241,13 @@ def _broadcasts(config: RunConfig) -> int:
         sources = choose_sources(source.architecture, bridge, held)
         sizes = {"padded_vocab": student.padded_vocab, "dtype": torch.float32, "device": device}
         transfer = WeightTransfer(architecture=source.architecture, bridge=bridge, sources=sources, **sizes)
-        sent = torch.zeros(bridge.group.size())
-        sent[bridge.rank] = len(transfer.sent_from(bridge.rank))
-        dist.all_reduce(sent)
-    # Every slice has one source, and the ranks of all replicas take part.
-    assert int(sent.sum()) == transfer.num_broadcasts
-    assert float(sent.min()) > 0
+        sent_2R = torch.zeros(2, bridge.group.size())
+        sent = transfer.sent_from(bridge.rank)
+        sent_2R[:, bridge.rank] = torch.tensor([len(sent), sum(held[name].parameter.numel() for name in sent)])
+        dist.all_reduce(sent_2R)
+    # Every slice has one source, and no rank has much more to send, and to average, than another.
+    assert int(sent_2R[0].sum()) == transfer.num_broadcasts
+    assert float(sent_2R[1].max()) < 1.3 * float(sent_2R[1].mean())
     return transfer.num_broadcasts
 
 
