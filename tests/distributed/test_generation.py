@@ -23,7 +23,7 @@ from opd_megatron.models.gpt import build_gpt
 from opd_megatron.models.weights import load_model, open_weights
 from opd_megatron.parallel.groups import ModelGroups, student_groups
 from opd_megatron.rollout.engine import Response, Sampler
-from opd_megatron.rollout.rollouts import sample_rollouts
+from opd_megatron.rollout.rollouts import WriterPrompt, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 from tests.pool import RankPool
 
@@ -138,7 +138,9 @@ def test_inference_mode_leaves_no_trace_of_a_sequence_parallel_model(pool: RankP
 
 def _rollout_tokens(layout: ParallelLayout, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     sampler, groups = _sampler("tiny_student", layout)
-    rollouts = sample_rollouts(sampler, groups, list(enumerate(prompts)), SAMPLED, samples_per_prompt=3, key=(1, 2), policy_version=0)
+    rollouts = sample_rollouts(
+        sampler, groups, [WriterPrompt(index, ids) for index, ids in enumerate(prompts)], SAMPLED, samples_per_prompt=3, key=(1, 2), policy_version=0
+    )
     return [sample.response_ids.tolist() for sample in rollouts.samples]
 
 
