@@ -34,7 +34,7 @@ ALLOWED = {
     "launch": set(),
 }
 # Pure functions of tensors and groups.
-PURE = {"losses": {"torch", "triton"}, "align": {"torch", "triton", "transformers"}}
+PURE = {"losses": {"torch", "triton"}, "align": {"numpy", "torch", "triton", "transformers"}}
 FOREIGN = {
     # The library's own top imports it first, in its own way, for all of them.
     "megatron": {"", "models", "parallel", "rollout", "teacher", "training", "planning"},
