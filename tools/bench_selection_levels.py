@@ -76,7 +76,7 @@ class UnfusedObjective:
     ratio: float
     kept_T: torch.Tensor
     exact: bool = False
-    counts_clipped: ClassVar[bool] = False
+    observes: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, hidden_TH: torch.Tensor, head_VH: torch.Tensor, micro_batch: Any) -> FusedDivergence:
         student_TV = self._logits(hidden_TH, head_VH)
@@ -91,7 +91,7 @@ class UnfusedObjective:
         divergence_K = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         # Megatron's schedule divides by the rows that went in.
         loss_sum = divergence_K.sum() * (len(hidden_TH) / len(divergence_K))
-        return FusedDivergence(loss_sum, loss_sum.detach(), divergence_K.detach(), torch.zeros_like(divergence_K), None, None)
+        return FusedDivergence(loss_sum, loss_sum.detach(), divergence_K.detach(), torch.zeros_like(divergence_K), None, {})
 
     def _logits(self, hidden_TH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
         return hidden_TH.double() @ head_VH.double().T if self.exact else hidden_TH @ head_VH.T

@@ -1,5 +1,6 @@
 """What a run is. Frozen dataclasses and their checks; standard library only, never torch."""
 
+from opd_megatron.config.alignment import AlignmentConfig
 from opd_megatron.config.data import DataConfig, PrivilegedConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 from opd_megatron.config.models import ParallelLayout, StudentConfig, TeacherConfig
@@ -8,6 +9,7 @@ from opd_megatron.config.overrides import all_keys, apply_overrides
 from opd_megatron.config.run import CheckpointConfig, EvaluationConfig, RolloutConfig, RunConfig, TrainingConfig
 
 __all__ = [
+    "AlignmentConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",

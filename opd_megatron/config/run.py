@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from opd_megatron.config.alignment import AlignmentConfig
 from opd_megatron.config.checks import require
 from opd_megatron.config.data import DataConfig, PrivilegedConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
@@ -136,6 +137,7 @@ class RunConfig:
     data: DataConfig
     privileged: PrivilegedConfig = field(default_factory=PrivilegedConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     position_weights: PositionWeightsConfig = field(default_factory=PositionWeightsConfig)
@@ -168,16 +170,34 @@ class RunConfig:
                 f"training.micro_batch_tokens={limit} does not hold one sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; "
                 "raise it, or shorten one of them",
             )
-
+            self._check_alignment()
         else:
             for key, chosen, plain in (
                 ("privileged.template", self.privileged.template, None),
+                ("alignment.kind", self.alignment.kind, "identity"),
                 ("importance.rule", self.importance.rule, "all"),
                 ("position_weights.enabled", self.position_weights.enabled, False),
                 ("loss.reduction", self.loss.reduction, "auto"),
                 ("loss.denominator", self.loss.denominator, "kept"),
             ):
                 require(chosen == plain, f"{key}={_as_word(chosen)} needs training.objective=opd, not {self.training.objective}; set it to {_as_word(plain)}")
+
+    def _check_alignment(self) -> None:
+        """Raise ValueError for what has no meaning where student and teacher read other tokens."""
+        kind = self.alignment.kind
+        if self.alignment.is_identity:
+            return
+        assert self.teacher is not None
+        loss, importance = self.loss, self.importance
+        kinds = ("reverse_kl",) if kind == "uld" else ("reverse_kl", "forward_kl")
+        way_out = "leave it at reverse_kl: uld has a loss of its own" if kind == "uld" else f"use {' or '.join(kinds)}"
+        require(loss.kind in kinds, f"loss.kind={loss.kind} has no form with alignment.kind={kind}; {way_out}")
+        require(loss.pointwise_clip is None, f"loss.pointwise_clip={loss.pointwise_clip} has no form with alignment.kind={kind}; set it to null")
+        require(importance.rule == "all", f"importance.rule={importance.rule} scores tokens, and alignment.kind={kind} compares units; set it to all")
+        require(
+            not self.teacher.is_student,
+            f"teacher.weights={self.teacher.weights} is the student itself, with its own tokenizer: set alignment.kind=identity",
+        )
 
     @property
     def reduction(self) -> Literal["token", "sequence"]:

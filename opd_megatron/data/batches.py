@@ -15,10 +15,49 @@ from opd_megatron.parallel.context import context_rank
 
 
 @dataclass(frozen=True)
+class UnitSpans:
+    """N units of a response that have a loss: response tokens [student_start, student_stop) and, of the teacher's, [teacher_start, teacher_stop).
+
+    Both are in ascending order, without overlap. `has_column_N` marks units that are a column of their own in their row of the loss, `is_end_N` the ends
+    of responses.
+    """
+
+    student_start_N: torch.Tensor
+    student_stop_N: torch.Tensor
+    teacher_start_N: torch.Tensor
+    teacher_stop_N: torch.Tensor
+    has_column_N: torch.Tensor
+    is_end_N: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.student_start_N)
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the starts and stops [N], student's first."""
+        return self.student_start_N, self.student_stop_N, self.teacher_start_N, self.teacher_stop_N
+
+    def of_teacher(self, num_tokens: int) -> torch.Tensor:
+        """Return the unit [R] of each of the teacher's response tokens, -1 where it belongs to none."""
+        unit_R = torch.full((num_tokens,), -1)
+        places_T, unit_T = spans(self.teacher_start_N, self.teacher_stop_N)
+        unit_R[places_T] = unit_T
+        return unit_R
+
+
+def spans(start_N: torch.Tensor, stop_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the places within N spans, span after span, and the span of each."""
+    length_N = stop_N - start_N
+    unit_R = torch.arange(len(length_N)).repeat_interleave(length_N)
+    first_N = length_N.cumsum(0) - length_N
+    return torch.arange(len(unit_R)) - first_N[unit_R] + start_N[unit_R], unit_R
+
+
+@dataclass(frozen=True)
 class Sample:
     """One prompt with one response. `sampled_logp` is the writer's log-probability of every response token, None for given text.
 
-    A privileged teacher reads `teacher_prompt_ids` in place of the prompt; the response is the same.
+    A privileged teacher, or one with another tokenizer, reads `teacher_prompt_ids` in place of the prompt. The response is the same text; a teacher with
+    another tokenizer reads it as `teacher_response_ids`, and `units` say which of its tokens belong to which of the student's.
     """
 
     prompt_index: int
@@ -28,10 +67,15 @@ class Sample:
     sampled_logp: torch.Tensor | None
     finished: bool
     teacher_prompt_ids: torch.Tensor | None = None
+    teacher_response_ids: torch.Tensor | None = None
+    units: UnitSpans | None = None
 
     def as_teacher_reads(self) -> Sample:
-        """Return the sample with the teacher's prompt."""
-        return self if self.teacher_prompt_ids is None else replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=None)
+        """Return the sample with the teacher's tokens."""
+        read = self
+        if self.teacher_response_ids is not None:
+            read = replace(read, response_ids=self.teacher_response_ids, sampled_logp=None, teacher_response_ids=None, units=None)
+        return read if read.teacher_prompt_ids is None else replace(read, prompt_ids=read.teacher_prompt_ids, teacher_prompt_ids=None)
 
     @property
     def num_tokens(self) -> int:
@@ -70,8 +114,17 @@ class TokenBatch:
         own = self.scored_only(own_N[self.scored_T])
         return replace(own, tokens_BS=self.tokens_BS.flatten()[own_N].view(self.tokens_BS.size(0), -1), scored_T=place_N[own.scored_T])
 
+    def gathered_places(self, size: int) -> torch.Tensor:
+        """Return where each of the B * S positions is once the windows of `size` context ranks are put one after another."""
+        if size == 1:
+            return torch.arange(self.tokens_BS.numel(), device=self.tokens_BS.device)
+        owner_N = torch.cat([context_rank(torch.arange(length), length, size) for length in self.sequences])
+        place_N = torch.empty_like(owner_N)
+        place_N[owner_N.sort(stable=True).indices] = torch.arange(len(owner_N))
+        return place_N.to(self.tokens_BS.device)
+
     def scored_only(self, kept_T: torch.Tensor) -> TokenBatch:
-        """Return the same text with a loss at some of the scored positions only."""
+        """Return the same text with a loss at some of the scored positions only, given by a mask or by their indices."""
         return replace(
             self,
             scored_T=self.scored_T[kept_T],

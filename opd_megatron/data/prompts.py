@@ -14,7 +14,7 @@ from typing import Any, Literal
 from opd_megatron.config import DataConfig, PrivilegedConfig
 from opd_megatron.data.rows import Row
 from opd_megatron.data.sources import read_rows
-from opd_megatron.data.templates import PromptText, ReadText
+from opd_megatron.data.templates import PromptText, ReadText, has_chat_template
 
 Part = Literal["train", "evaluation", "all"]
 
@@ -24,7 +24,10 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_asci
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt, tokenized. `index` is its position in its source: the stable id in seeds and records; `teacher_ids` are what a privileged teacher reads."""
+    """One prompt, tokenized. `index` is its position in its source: the stable id in seeds and records.
+
+    `teacher_ids` are what the teacher reads where that differs.
+    """
 
     index: int
     messages: tuple[dict[str, str], ...]
@@ -33,7 +36,7 @@ class Prompt:
     target: str | None
     entry: Any = None
     teacher_ids: tuple[int, ...] | None = None
-    # The last user message that a privileged teacher reads.
+    # The last user message that such a teacher reads.
     teacher_message: str | None = None
 
     def as_teacher_reads(self) -> Prompt:
@@ -105,21 +108,22 @@ def load_prompts(
     privileged: PrivilegedConfig | None = None,
     max_teacher_tokens: int | None = None,
     drop_without_room: bool = True,
+    teacher_tokenizer: Any = None,
 ) -> PromptSet:
     """Return the prompts of one part of `data.prompts`, the first `limit` that qualify.
 
     `train` and `evaluation` are told apart by a hash of the prompt's messages against `data.holdout_fraction`, so they share
     no prompt even if the source repeats one; `all` does not split. `evaluation` holds each distinct prompt once. Prompts of more than
     `data.max_prompt_tokens` tokens are dropped, and those whose teacher would read more than `max_teacher_tokens`: or, with `drop_without_room=False`, they
-    are kept for the student alone.
+    are kept for the student alone. `teacher_tokenizer` is given where it is not the student's.
     ValueError if the source is unusable, a row lacks what a template mentions, or nothing is left.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} prompts must be at least 1")
     counts = _Counts()
     prompts: list[Prompt] = []
-    text = PromptText(data, tokenizer, privileged or PrivilegedConfig())
-    for row, read, ids, teacher_ids in _tokenized(_rows_of_part(read_rows(data), part, data.holdout_fraction, counts), text, tokenizer):
+    text = PromptText(data, tokenizer, privileged or PrivilegedConfig(), teacher_tokenizer)
+    for row, read, ids, teacher_ids in _tokenized(_rows_of_part(read_rows(data), part, data.holdout_fraction, counts), text):
         if len(ids) > data.max_prompt_tokens:
             counts.too_long += 1
             continue
@@ -187,21 +191,21 @@ def _rows_of_part(rows: Iterable[Row], part: Part, holdout_fraction: float, coun
             yield row
 
 
-def _tokenized(rows: Iterator[Row], text: PromptText, tokenizer: Any) -> Iterator[tuple[Row, ReadText, tuple[int, ...], tuple[int, ...] | None]]:
+def _tokenized(rows: Iterator[Row], text: PromptText) -> Iterator[tuple[Row, ReadText, tuple[int, ...], tuple[int, ...] | None]]:
     """Yield each row with its texts, and the token ids of the student's and the teacher's; encoded many at once, which a fast tokenizer does in parallel."""
     while chunk := list(islice(rows, _ROWS_AT_ONCE)):
         read = [text.of(row) for row in chunk]
-        student_ids = _encoded([texts.student for texts in read], text, tokenizer)
+        student_ids = _encoded([texts.student for texts in read], text.tokenizer)
         privileged = [texts.teacher for texts in read if texts.teacher is not None]
-        teacher_ids = _encoded(privileged, text, tokenizer) if privileged else [None] * len(chunk)
+        teacher_ids = _encoded(privileged, text.teacher_tokenizer) if privileged else [None] * len(chunk)
         yield from zip(chunk, read, student_ids, teacher_ids, strict=True)
 
 
-def _encoded(texts: list[str], text: PromptText, tokenizer: Any) -> list[tuple[int, ...]]:
+def _encoded(texts: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
     # A chat template writes its special tokens itself.
-    encoded = tokenizer(texts, add_special_tokens=not text.has_chat_template)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=not has_chat_template(tokenizer))["input_ids"]
     # A tokenizer that closes every text would have the student write after the end.
-    is_closed = [not text.has_chat_template and ids and ids[-1] == tokenizer.eos_token_id for ids in encoded]
+    is_closed = [not has_chat_template(tokenizer) and ids and ids[-1] == tokenizer.eos_token_id for ids in encoded]
     return [tuple(ids[:-1] if closed else ids) for ids, closed in zip(encoded, is_closed, strict=True)]
 
 

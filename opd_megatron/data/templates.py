@@ -58,7 +58,7 @@ class PromptTemplate:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadText:
-    """What one row becomes: the messages that the student is asked, the text that it reads, and what a privileged teacher reads instead."""
+    """What one row becomes: the messages that the student is asked, the text that it reads, and what a teacher reads that does not read the same."""
 
     messages: tuple[dict[str, str], ...]
     student: str
@@ -70,47 +70,52 @@ class ReadText:
 class PromptText:
     """The texts of rows, by the configuration's templates and the tokenizer's chat template.
 
-    A tokenizer without a chat template takes prompts that are bare strings, as they are, and refuses message lists.
+    A tokenizer without a chat template takes prompts that are bare strings, as they are, and refuses message lists. `teacher_tokenizer` is given where
+    it is not the student's: its chat template then writes what the teacher reads, up to where that one has a response begin.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Any, privileged: PrivilegedConfig) -> None:
+    def __init__(self, data: DataConfig, tokenizer: Any, privileged: PrivilegedConfig, teacher_tokenizer: Any = None) -> None:
         """Open the templates; ValueError if one cannot be used."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
         self._data, self._privileged = data, privileged
         self._student, self._teacher = check_templates(data, privileged)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._tokenizer.chat_template is not None
 
     def of(self, row: Row) -> ReadText:
         """Return the texts of one row; ValueError, starting with where the row is, if a template does not take it."""
         kwargs = self._data.chat_template_kwargs
         messages = _written(row, self._student)
-        student = self._rendered(row, messages, kwargs)
-        if self._teacher is None:
+        student = self._rendered(row, messages, kwargs, self.tokenizer, "student")
+        same_tokenizer = self.teacher_tokenizer is self.tokenizer
+        if self._teacher is None and same_tokenizer:
             return ReadText(messages=messages, student=student, teacher=None, teacher_message=None)
-        told = _written(row, self._teacher)
-        teacher = self._rendered(row, told, {**kwargs, **self._privileged.chat_template_kwargs})
-        # Without a chat template, the end is the row's own text.
-        if self._privileged.thinking == "student" and self.has_chat_template:
+        told = _written(row, self._teacher) if self._teacher is not None else messages
+        teacher = self._rendered(row, told, {**kwargs, **self._privileged.chat_template_kwargs}, self.teacher_tokenizer, "teacher")
+        # Without a chat template, the end is the row's own text. Other families think in other words.
+        if self._privileged.thinking == "student" and has_chat_template(self.tokenizer) and same_tokenizer:
             teacher = ending_as(teacher, student)
         return ReadText(messages=messages, student=student, teacher=teacher, teacher_message=told[-1]["content"])
 
-    def _rendered(self, row: Row, messages: Sequence[dict[str, str]], kwargs: Mapping[str, Any]) -> str:
-        if not self.has_chat_template:
+    @staticmethod
+    def _rendered(row: Row, messages: Sequence[dict[str, str]], kwargs: Mapping[str, Any], tokenizer: Any, role: str) -> str:
+        if not has_chat_template(tokenizer):
             if not row.plain:
                 raise ValueError(
-                    f"{row.where}: the prompt is a message list and the student's tokenizer has no chat template; "
+                    f"{row.where}: the prompt is a message list and the {role}'s tokenizer has no chat template; "
                     "use plain string prompts or add a chat template"
                 )
             return messages[0]["content"]
         try:
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
         except jinja2.TemplateError as error:
             raise ValueError(
-                f"{row.where}: the student's chat template refuses the messages ({error}); check their roles and data.chat_template_kwargs"
+                f"{row.where}: the {role}'s chat template refuses the messages ({error}); check their roles and data.chat_template_kwargs"
             ) from None
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Return whether prompts are conversations that a template writes; else they are plain text."""
+    return tokenizer.chat_template is not None
 
 
 def check_templates(data: DataConfig, privileged: PrivilegedConfig) -> tuple[PromptTemplate | None, PromptTemplate | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_WAY_OUT = "alignment.kind=identity needs equal token ids, and other alignments are not available; choose a teacher with the student's tokenizer"
+_WAY_OUT = "alignment.kind=identity needs equal token ids, choose a teacher with the student's tokenizer, or set alignment.kind=strict or simct"
 
 # Text in which tokenizers of equal vocabularies still differ: normalization, digit grouping, whitespace runs, contractions, bytes, prefixes.
 _SAMPLE = (

@@ -4,8 +4,9 @@ Shapes: T tokens, N tokens of one chunk, V vocabulary, W = this rank's slice of 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -22,25 +23,29 @@ from opd_megatron.losses.full_divergence import (
     shift_to_max_,
 )
 from opd_megatron.losses.head_products import head_logits
-from opd_megatron.losses.vocab_parallel import Scratch, ShardSoftmax, VocabShard, entropy, local_ids, picked_logp
+from opd_megatron.losses.vocab_parallel import Scratch, ShardSoftmax, VocabShard, entropy, local_ids, picked_logp, token_chunks
 
 
 class ChunkLoss(NamedTuple):
-    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, the clipped entries, and the student logits' scaled gradient."""
+    """Loss of the rows of one chunk, their entropy, the log-probability of the picked ids, the student logits' scaled gradient, and what else is told."""
 
     value_N: torch.Tensor
     entropy_N: torch.Tensor
     picked_logp_N: torch.Tensor | None
-    clipped_N: torch.Tensor | None
     grad_NW: torch.Tensor | None
+    observed_N: tuple[torch.Tensor, ...] = ()
 
 
 class ChunkObjective(Protocol):
     """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits, times `scale_N`; None without it."""
 
     @property
-    def counts_clipped(self) -> bool:
-        """Whether `clipped_N` is counted."""
+    def observes(self) -> tuple[str, ...]:
+        """What `observed_N` holds, by name."""
+        ...
+
+    def chunks(self, num_tokens: int, num_columns: int, device: torch.device, chunk_tokens: int | None) -> Iterable[slice]:
+        """Return the rows that are computed together; all ranks of a group cut alike."""
         ...
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss: ...
@@ -57,8 +62,10 @@ class DivergenceObjective:
     sampled_ids_T: torch.Tensor | None
 
     @property
-    def counts_clipped(self) -> bool:
-        return self.divergence.pointwise_clip is not None
+    def observes(self) -> tuple[str, ...]:
+        return ("clipped",) if self.divergence.pointwise_clip is not None else ()
+
+    chunks = staticmethod(token_chunks)
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         dtype = student.logp_TW.dtype
@@ -118,7 +125,7 @@ class DivergenceObjective:
         if picked_N:
             logp_N = (picked_N[0] - chunk.student_lse_N).masked_fill_(chunk.student_lse_N == -math.inf, -math.inf).masked_fill_(picked_N[1] == 0, math.nan)
         gradient_NW = None if scale_N is None else divergence.gradient(student.prob_TW, chunk, shard).mul_(scale_N[:, None])
-        return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, chunk.clipped_N, gradient_NW)
+        return ChunkLoss(chunk.value_N, chunk.student_entropy_N, logp_N, gradient_NW, _counted(chunk.clipped_N))
 
 
 def _chunk_loss(evaluated: Evaluated, grad_NW: torch.Tensor | None) -> ChunkLoss:
@@ -126,7 +133,11 @@ def _chunk_loss(evaluated: Evaluated, grad_NW: torch.Tensor | None) -> ChunkLoss
     moment_N, *picked_N = evaluated.riders_T
     mass_N = evaluated.student_mass_T
     logp_N = picked_logp(picked_N[0], picked_N[1], mass_N) if picked_N else None
-    return ChunkLoss(evaluated.chunk.value_T, entropy(moment_N, mass_N), logp_N, evaluated.chunk.clipped_T, grad_NW)
+    return ChunkLoss(evaluated.chunk.value_T, entropy(moment_N, mass_N), logp_N, grad_NW, _counted(evaluated.chunk.clipped_T))
+
+
+def _counted(clipped_N: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return () if clipped_N is None else (clipped_N,)
 
 
 @dataclass(frozen=True)
@@ -135,9 +146,8 @@ class CrossEntropyObjective:
 
     target_ids_T: torch.Tensor
 
-    @property
-    def counts_clipped(self) -> bool:
-        return False
+    observes: ClassVar[tuple[str, ...]] = ()
+    chunks = staticmethod(token_chunks)
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         target_ids_N = self.target_ids_T[rows]
@@ -145,7 +155,7 @@ class CrossEntropyObjective:
         mass_N, moment_N, logit_N, owners_N = shard.sum(student.mass(), student.entropy_moment(), *student.owned_logit(target_ids_N, shard))
         logp_N = picked_logp(logit_N, owners_N, mass_N)
         grad_NW = None if scale_N is None else self._gradient(student, mass_N, target_ids_N, shard).mul_(scale_N[:, None])
-        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, None, grad_NW)
+        return ChunkLoss(-logp_N, entropy(moment_N, mass_N), logp_N, grad_NW)
 
     @staticmethod
     def _gradient(student: ShardSoftmax, mass_N: torch.Tensor, target_ids_N: torch.Tensor, shard: VocabShard) -> torch.Tensor:

@@ -25,7 +25,7 @@ _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 class FusedDivergence:
     """Weighted sum of the tokens' losses, differentiable, with its weight total; and detached per-token values for every row, kept or not.
 
-    `clipped_T` is how many vocabulary entries (classes, for the top-k kinds) `pointwise_clip` clips, a whole number; None without a clip.
+    `observed` is what a kind tells of a row besides, by name.
     """
 
     loss_sum: torch.Tensor
@@ -33,7 +33,12 @@ class FusedDivergence:
     divergence_T: torch.Tensor
     student_entropy_T: torch.Tensor
     sampled_logp_T: torch.Tensor | None
-    clipped_T: torch.Tensor | None
+    observed: dict[str, torch.Tensor]
+
+    @property
+    def clipped_T(self) -> torch.Tensor | None:
+        """How many vocabulary entries (classes, for the top-k kinds) `pointwise_clip` clips, a whole number; None without a clip."""
+        return self.observed.get("clipped")
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class _FusedHead(torch.autograd.Function):
         grad_enabled: bool,
         accumulate_main_grad: bool,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return the loss sum and, detached, each token's loss, entropy, picked log-probability and clipped entries [T].
+        """Return the loss sum and, detached, each token's loss, entropy, picked log-probability and what the objective observes [T].
 
         Saved are the sum's gradients [T, H] and [W, H].
         """
@@ -69,9 +74,9 @@ class _FusedHead(torch.autograd.Function):
         grad_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
         grad_WH = torch.zeros_like(head_WH, dtype=weight_T.dtype) if needs_head else None
         value_T, entropy_T, picked_logp_T = (torch.empty_like(weight_T) for _ in range(3))
-        clipped_T = torch.empty_like(weight_T) if objective.counts_clipped else None
+        observed = [torch.empty_like(weight_T) for _ in objective.observes]
         scratch = Scratch()
-        chunks = list(token_chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
+        chunks = list(objective.chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
         for rows, num_kept in zip(chunks, _num_kept(weight_T, chunks)):
             student = chunk_softmax("student", hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype, scratch)
             scale_N = weight_T[rows] / temperature if num_kept > 0 and (needs_hidden or needs_head) else None
@@ -79,16 +84,16 @@ class _FusedHead(torch.autograd.Function):
             value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
             if chunk.picked_logp_N is not None:
                 picked_logp_T[rows] = chunk.picked_logp_N
-            if clipped_T is not None and chunk.clipped_N is not None:
-                clipped_T[rows] = chunk.clipped_N
+            for whole_T, part_N in zip(observed, chunk.observed_N, strict=True):
+                whole_T[rows] = part_N
             if chunk.grad_NW is not None:
                 dropped_some = num_kept < chunk.grad_NW.size(0)
                 _add_gradients(chunk.grad_NW, rows, weight_T[rows] if dropped_some else None, hidden_TH, head_WH, grad_TH, grad_WH)
         ctx.save_for_backward(grad_TH, grad_WH)
         ctx.head_dtype, ctx.head_WH = head_WH.dtype, head_WH if accumulate_main_grad else None
-        ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T, *(() if clipped_T is None else (clipped_T,)))
+        ctx.mark_non_differentiable(value_T, entropy_T, picked_logp_T, *observed)
         # The loss of a dropped token may be anything, even NaN (a label outside the vocabulary): it is left out, not multiplied by 0.
-        return (weight_T * value_T).masked_fill_(weight_T == 0, 0).sum(), value_T, entropy_T, picked_logp_T, clipped_T
+        return (weight_T * value_T).masked_fill_(weight_T == 0, 0).sum(), value_T, entropy_T, picked_logp_T, *observed
 
     @staticmethod
     @once_differentiable
@@ -193,7 +198,7 @@ def fused_head_divergence(
     objective = DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
     ids = {} if sampled_ids_T is None else {"sampled_ids_T": sampled_ids_T}
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
-    return _fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids, accumulate_main_grad)
+    return fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids, accumulate_main_grad)
 
 
 def fused_head_cross_entropy(
@@ -215,12 +220,12 @@ def fused_head_cross_entropy(
     _require_head("student", student_hidden_TH, student_head_WH)
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     ids = {"target_ids_T": target_ids_T}
-    return _fused_head(
+    return fused_head(
         student_hidden_TH, student_head_WH, CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids, accumulate_main_grad
     )
 
 
-def _fused_head(
+def fused_head(
     hidden_TH: torch.Tensor,
     head_WH: torch.Tensor,
     objective: ChunkObjective,
@@ -241,10 +246,10 @@ def _fused_head(
     if accumulate_main_grad:
         _require_main_grad(head_WH, dtype)
     with _exact_products(hidden_TH):
-        loss_sum, value_T, entropy_T, picked_logp_T, clipped_T = _FusedHead.apply(
+        loss_sum, value_T, entropy_T, picked_logp_T, *observed = _FusedHead.apply(
             hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
         )
-    return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None, clipped_T)
+    return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None, dict(zip(objective.observes, observed, strict=True)))
 
 
 def _exact_products(hidden_TH: torch.Tensor) -> torch.autocast:

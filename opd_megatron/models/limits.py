@@ -26,8 +26,8 @@ def check_length(config: RunConfig, role: str, architecture: Architecture) -> No
 
 
 def longest_teacher_prompt(config: RunConfig, teacher: Architecture) -> int:
-    """Return how many tokens a prompt of the teacher may have in training: the student's limit, or of a privileged one what the response leaves."""
-    if config.privileged.template is None:
+    """Return how many tokens a prompt of the teacher may have in training: the student's limit, or, where it reads something else, what the response leaves."""
+    if config.privileged.template is None and config.alignment.is_identity:
         return config.data.max_prompt_tokens
     return config.privileged.max_prompt_tokens or teacher.max_positions - config.rollout.max_response_tokens
 

@@ -189,10 +189,18 @@ def named_global_parameters(model: ModelChunks, architecture: Architecture) -> I
 
 def load_head_slice(source: WeightSource, groups: ModelGroups, *, padded_vocab: int, dtype: torch.dtype) -> torch.Tensor:
     """Return rows [W, G] of a source's LM head for this rank of another model's tensor group, padded as that model pads."""
-    name = EMBEDDING if source.architecture.tied else HEAD
-    row = next(row for row in weight_map(source.architecture) if row.megatron == name)
-    piece = vocab_slice(source.read(row), tensor_rank=groups.tensor_rank, tensor_size=groups.layout.tensor, padded_vocab=padded_vocab)
+    piece = vocab_slice(_read_head(source), tensor_rank=groups.tensor_rank, tensor_size=groups.layout.tensor, padded_vocab=padded_vocab)
     return piece.to(dtype=dtype, copy=True)
+
+
+def load_head_rows(source: WeightSource, ids_C: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows [C, G] of a source's LM head for these ids, in their order."""
+    return _read_head(source)[ids_C].to(dtype)
+
+
+def _read_head(source: WeightSource) -> torch.Tensor:
+    name = EMBEDDING if source.architecture.tied else HEAD
+    return source.read(next(row for row in weight_map(source.architecture) if row.megatron == name))
 
 
 def export_hf(source: WeightSource, out: Path, *, dtype: torch.dtype | None = None, replace: bool = False) -> None:

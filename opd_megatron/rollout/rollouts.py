@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from opd_megatron.rollout.sampling import SamplingSettings
 
 @dataclass(frozen=True)
 class Rollouts:
-    """All samples of a step, in one order on every rank, and the number of updates the policy that wrote them had seen."""
+    """All samples of a step, in one order on every rank, and the number of updates the policy that wrote them had seen.
+
+    `notes` are what is recorded of the step besides.
+    """
 
     samples: tuple[Sample, ...]
     policy_version: int
+    notes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> list[int]:
@@ -32,7 +36,7 @@ class Rollouts:
 
     def as_teacher_reads(self) -> Rollouts:
         """Return the samples with the teacher's prompts."""
-        return Rollouts(tuple(sample.as_teacher_reads() for sample in self.samples), self.policy_version)
+        return replace(self, samples=tuple(sample.as_teacher_reads() for sample in self.samples))
 
     @property
     def num_scored(self) -> list[int]:
@@ -46,7 +50,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class WriterPrompt:
-    """What a sampler is given of a prompt; `teacher_ids` only go along."""
+    """What a sampler is given of a prompt; `teacher_ids`, which the teacher reads instead, only go along."""
 
     index: int
     ids: Sequence[int]

@@ -95,17 +95,22 @@ def cut_into_pieces(
     pieces = []
     for index, (sample, theirs, ours) in enumerate(zip(samples, teacher_places, student_places, strict=True)):
         # The same token may have another place after the teacher's prompt.
-        first_read, first_written = (len(read.prompt_ids) - 1 for read in (sample.as_teacher_reads(), sample))
-        response_R = torch.arange(sample.num_scored)
-        owner_R2 = torch.stack(
-            [
-                context_rank(response_R + first_read, theirs.length, teacher.layout.context),
-                context_rank(response_R + first_written, ours.length, student.layout.context),
-            ],
-            dim=-1,
-        )
-        owners, counts = torch.unique_consecutive(owner_R2, dim=0, return_counts=True)
+        read = sample.as_teacher_reads()
+        response_R = torch.arange(read.num_scored) + len(read.prompt_ids) - 1
+        holder_R = context_rank(response_R, theirs.length, teacher.layout.context)
+        owners, counts = torch.unique_consecutive(torch.stack([holder_R, _needer(sample, ours, student)], -1), dim=0, return_counts=True)
         for (teacher_context, student_context), num_rows in zip(owners.tolist() or [(0, 0)], counts.tolist() or [0], strict=True):
-            holders, needers = teacher.last_stage_ranks(theirs.replica, teacher_context), student.last_stage_ranks(ours.replica, student_context)
+            holders = teacher.last_stage_ranks(theirs.replica, teacher_context)
+            needers = student.last_stage_ranks(ours.replica, student_context) if student_context >= 0 else ()
             pieces.append(Piece(sample=index, num_rows=num_rows, holders=tuple(holders), needers=tuple(needers)))
     return pieces
+
+
+def _needer(sample: Sample, place: Place, student: RankGrid) -> torch.Tensor:
+    """Return the student's context rank [R] that needs each of the teacher's rows, -1 for none: that of the token, or of its unit's first token."""
+    first, size = len(sample.prompt_ids) - 1, student.layout.context
+    if sample.units is None:
+        return context_rank(torch.arange(sample.num_scored) + first, place.length, size)
+    unit_R = sample.units.of_teacher(sample.as_teacher_reads().num_scored)
+    owner_N = context_rank(sample.units.student_start_N + first, place.length, size)
+    return torch.cat([owner_N, owner_N.new_full((1,), -1)])[unit_R]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from opd_megatron.models.weights import WeightSource, load_head_slice
+from opd_megatron.align.rows import PairedShard
+from opd_megatron.models.weights import WeightSource, load_head_rows, load_head_slice
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
@@ -61,9 +62,19 @@ class Teacher:
     """Its LM head, cut as the student's vocabulary is, and the way to its hidden states: `scorer` on these ranks, or ranks of its own."""
 
     def __init__(
-        self, source: WeightSource, router: Router, scorer: Scorer | None, student_groups: ModelGroups, *, student_padded_vocab: int, device: torch.device
+        self,
+        source: WeightSource,
+        router: Router,
+        scorer: Scorer | None,
+        student_groups: ModelGroups,
+        *,
+        student_padded_vocab: int,
+        device: torch.device,
+        shard: PairedShard | None = None,
     ) -> None:
+        """Load this rank's rows of the head; `shard` says which, where the teacher's tokenizer is another one."""
         self.scorer = scorer
+        self.shard = shard
         self.dtype = router.dtype
         self.device = device
         # Of the last batch: what reached the student's tensor groups, and what their ranks then sent each other.
@@ -77,7 +88,11 @@ class Teacher:
         self.head_WG: torch.Tensor | None = None
         with shared_errors():
             if student_groups.is_last_stage:
-                self.head_WG = load_head_slice(source, student_groups, padded_vocab=student_padded_vocab, dtype=self.dtype).to(device)
+                if shard is None:
+                    head_WG = load_head_slice(source, student_groups, padded_vocab=student_padded_vocab, dtype=self.dtype)
+                else:
+                    head_WG = load_head_rows(source, shard.teacher_ids_C.cpu(), dtype=self.dtype)
+                self.head_WG = head_WG.to(device)
 
     def ask(self, rollouts: Rollouts) -> None:
         """Have these samples scored. A teacher on ranks of its own begins now; one batch at a time."""

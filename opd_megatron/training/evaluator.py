@@ -35,7 +35,7 @@ class Evaluator:
             self._record("teacher", 0, teacher.evaluate())
         else:
             with teacher.scorer.on_device():
-                sampler = make_sampler(teacher.scorer.model, teacher.scorer.groups, self._config, sources)
+                sampler = make_sampler(teacher.scorer.model, teacher.scorer.groups, self._config, sources.teacher_text)
                 self._record("teacher", 0, evaluate_held_out(sampler, self._config, sources, as_teacher=True))
 
     def _record(self, who: str, step: int, record: dict[str, Any] | None) -> None:
@@ -60,7 +60,7 @@ def evaluate_held_out(sampler: Sampler, config: RunConfig, sources: Sources, *, 
         sampler,
         sampler.groups,
         prompts,
-        sources.tokenizer,
+        (sources.teacher_text if as_teacher else sources.student_text).tokenizer,
         sources.grader,
         settings,
         samples_per_prompt=config.evaluation.samples_per_prompt,

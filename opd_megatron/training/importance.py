@@ -15,7 +15,7 @@ from opd_megatron.losses.token_importance import Selection, SelectionRule, token
 from opd_megatron.losses.token_weights import token_weights
 from opd_megatron.rollout.sampling import uniform_stream
 from opd_megatron.training.batching import MicroBatches
-from opd_megatron.training.objective import Objective, SupervisedFineTuning
+from opd_megatron.training.objective import Distillation, Objective, SupervisedFineTuning
 from opd_megatron.training.student import Student
 
 
@@ -51,6 +51,7 @@ class Importance:
         lengths = micro_batches.rollouts.num_scored
         kept_N, metrics = torch.ones(sum(lengths)), {}
         if self.rule is not None:
+            assert isinstance(objective, Distillation), "the configuration has rules for equal tokenizers only"
             statistics = student.statistics(micro_batches, objective, self.config.importance.temperature)
             if not bool(torch.stack(_host(statistics)).isfinite().all()):
                 return replace(micro_batches, weight_N=torch.full((sum(lengths),), math.nan, device=student.device)), {}

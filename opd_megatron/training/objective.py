@@ -5,12 +5,15 @@ Shapes: T scored positions, H student hidden, G teacher hidden, W this rank's sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 
-from opd_megatron.config import LossConfig
+from opd_megatron.align.rows import PairedShard, UnitRows
+from opd_megatron.align.simct import AlignedObjective, Scoring, simct_divergence
+from opd_megatron.config import AlignmentConfig, LossConfig
 from opd_megatron.data.batches import TokenBatch
 from opd_megatron.losses.class_divergence import SAMPLED_KINDS, TOP_K_KINDS
 from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics, fused_head_cross_entropy, fused_head_divergence, token_statistics
@@ -21,15 +24,27 @@ class MicroBatch:
     """Samples, padded or packed, and, for distillation on the last stage, the teacher's hidden states [T, G] at the scored positions.
 
     `token_T` are the places of the scored positions among all response tokens of the step; `weight_T` is None where all weigh 1.
+
+    With `units`, for a teacher with another tokenizer, the scored positions are those of the units, one unit after another, counted in the windows of all
+    context ranks put together; the teacher's hidden states are those of its own positions [U, G]. `num_tokens` is then how many response tokens there are.
     """
 
     batch: TokenBatch
     token_T: torch.Tensor
     teacher_hidden_TG: torch.Tensor | None = None
     weight_T: torch.Tensor | None = None
+    units: UnitRows | None = None
+    num_tokens: int | None = None
+
+    @property
+    def count(self) -> int:
+        """What the loss sum is divided by, added over all micro-batches: scored positions, or the response tokens that units are cut from."""
+        return len(self.token_T) if self.num_tokens is None else self.num_tokens
 
     def weighted(self, weight_T: torch.Tensor) -> MicroBatch:
         """Return it with these weights, and without the rows that weigh nothing."""
+        if self.units is not None:
+            return replace(self, weight_T=weight_T)
         kept_T = weight_T != 0
         hidden_TG = self.teacher_hidden_TG[kept_T] if self.teacher_hidden_TG is not None else None
         return MicroBatch(batch=self.batch.scored_only(kept_T), token_T=self.token_T[kept_T], teacher_hidden_TG=hidden_TG, weight_T=weight_T[kept_T])
@@ -47,9 +62,9 @@ class Distillation:
     recompute_logp: bool = False
 
     @property
-    def counts_clipped(self) -> bool:
-        """Whether the results tell how many entries of the vocabulary were clipped."""
-        return self.loss.pointwise_clip is not None
+    def observes(self) -> tuple[str, ...]:
+        """What the results tell of a row besides, by name."""
+        return ("clipped",) if self.loss.pointwise_clip is not None else ()
 
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
         assert self.teacher_head_WG is not None
@@ -100,9 +115,7 @@ class SupervisedFineTuning:
     vocab_size: int
     tp_group: dist.ProcessGroup
 
-    @property
-    def counts_clipped(self) -> bool:
-        return False
+    observes: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
         return fused_head_cross_entropy(
@@ -117,7 +130,53 @@ class SupervisedFineTuning:
         )
 
 
-Objective = Distillation | SupervisedFineTuning
+@dataclass(frozen=True, kw_only=True)
+class AlignedDistillation:
+    """The divergence on units of text, from a teacher with another tokenizer."""
+
+    loss: LossConfig
+    alignment: AlignmentConfig
+    shard: PairedShard
+    tp_group: dist.ProcessGroup
+    teacher_head_CG: torch.Tensor | None
+    observes: ClassVar[tuple[str, ...]] = AlignedObjective.observes
+
+    def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
+        units = micro_batch.units
+        assert units is not None, "samples were aligned"
+        assert self.teacher_head_CG is not None
+        assert micro_batch.teacher_hidden_TG is not None, "scores arrive on the last stage"
+        return simct_divergence(
+            hidden_TH,
+            head_WH,
+            micro_batch.teacher_hidden_TG,
+            self.teacher_head_CG,
+            units,
+            self.shard,
+            scoring=self._scoring,
+            tp_group=self.tp_group,
+            unit_weight_N=self._weights(units, micro_batch),
+            temperature=self.loss.temperature,
+            chunk_tokens=self.loss.chunk_tokens,
+            accumulate_main_grad=_accumulates(head_WH),
+        )
+
+    @property
+    def _scoring(self) -> Scoring:
+        # The configuration has the options under their names.
+        options = {option.name: getattr(self.alignment, option.name) for option in fields(Scoring) if option.name != "kind"}
+        return Scoring(kind=self.loss.kind, **options)  # type: ignore[arg-type]
+
+    def _weights(self, units: UnitRows, micro_batch: MicroBatch) -> torch.Tensor | None:
+        """Return each unit's weight: that of its first token, once or for each of its tokens."""
+        weight_N = None if micro_batch.weight_T is None else micro_batch.weight_T[units.student_first_N]
+        if self.alignment.span_weight == "unit":
+            return weight_N
+        length_N = units.student_lengths.to(units.student_ids_T.device, torch.float32)
+        return length_N if weight_N is None else weight_N * length_N
+
+
+Objective = Distillation | AlignedDistillation | SupervisedFineTuning
 
 
 def _accumulates(head_WH: torch.Tensor) -> bool:

@@ -33,7 +33,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if teacher is None:
         return
     check_length(config, "teacher", _open_model("teacher", teacher))
-    _check_tokenizer_files(_assets(config.student), _assets(teacher))
+    if config.alignment.is_identity:
+        _check_tokenizer_files(_assets(config.student), _assets(teacher))
 
 
 def _check_replay(run: RunDirectory, steps: int) -> None:
@@ -72,7 +73,7 @@ def _check_tokenizer_files(student: Path, teacher: Path) -> None:
     name = min(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
     raise ValueError(
         f"student and teacher tokenizers differ: token {name!r} is {ours.get(name, 'absent')} in {student} and {theirs.get(name, 'absent')} in {teacher} "
-        f"({len(ours)} and {len(theirs)} in all); choose a teacher with the student's tokenizer"
+        f"({len(ours)} and {len(theirs)} in all); choose a teacher with the student's tokenizer, or set alignment.kind=strict"
     )
 
 

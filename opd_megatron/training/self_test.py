@@ -7,6 +7,7 @@ The student's weights are loaded as a teacher, in the teacher's layout, and scor
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -21,18 +22,22 @@ from opd_megatron.training.student import Student
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-def check_self_divergence(student: Student, own_weights: Teacher, objective: Objective, prompts: list[Prompt]) -> float:
+def check_self_divergence(
+    student: Student, own_weights: Teacher, objective: Objective, prompts: list[Prompt], align: Callable[[Rollouts], Rollouts] | None = None
+) -> float:
     """Return the divergence per token of the student from its own weights as a teacher; ValueError if it is not zero within rounding.
 
-    One micro-batch per replica: each prompt's second half is scored as if it were the response.
+    One micro-batch per replica: each prompt's second half is scored as if it were the response. `align` gives it units, where the objective compares those.
     """
     count = student.groups.data_size * student.batches.micro_batch
     # A prompt of one token has no half to score.
     usable = [prompt for prompt in prompts if len(prompt.ids) > 1] or prompts
     chosen = [usable[index % len(usable)] for index in range(count)]
     rollouts = Rollouts(tuple(_halved(prompt) for prompt in chosen), policy_version=0)
+    if align is not None:
+        rollouts = align(rollouts)
     sums = student.measure(student.micro_batches(rollouts, own_weights.score(rollouts)), objective)
-    divergence = sums.per_token(sums.divergence)
+    divergence = sums.per_row(sums.divergence)
     tolerance = _TOLERANCE[own_weights.dtype]
     if not math.isfinite(divergence) or abs(divergence) > tolerance:
         raise ValueError(

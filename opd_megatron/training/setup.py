@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opd_megatron.align.responses import ResponseAligner
+from opd_megatron.align.vocabulary import SharedVocabulary
 from opd_megatron.config import DataConfig, RunConfig, TeacherConfig
 from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.data.prompts import Part, Prompt, PromptSet, load_prompts, with_targets
@@ -24,11 +26,13 @@ from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_gr
 from opd_megatron.parallel.layout import RankGrid
 from opd_megatron.parallel.world import Bridge, shared_errors
 from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.routing import Router
 from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Teacher
+from opd_megatron.training.alignment import RolloutAligner, make_aligner, token_by_token, with_itself
 from opd_megatron.training.importance import Importance
-from opd_megatron.training.objective import Distillation, Objective, SupervisedFineTuning
+from opd_megatron.training.objective import AlignedDistillation, Distillation, Objective, SupervisedFineTuning
 from opd_megatron.training.self_teacher import refresh_from
 from opd_megatron.training.self_test import check_self_divergence
 from opd_megatron.training.student import Student
@@ -36,17 +40,26 @@ from opd_megatron.training.writers import Writer, make_writer
 
 
 @dataclass(frozen=True, kw_only=True)
+class Text:
+    """How a model reads and writes: its tokenizer, the ids that it may write, and those that end what it writes."""
+
+    tokenizer: Any
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a run reads, opened and checked, but not loaded."""
+    """What a run reads, opened and checked, but not loaded. `aligner` is there where the teacher has another tokenizer than the student."""
 
     student: WeightSource
     teacher: WeightSource | None
-    tokenizer: Any
+    student_text: Text
+    teacher_text: Text
+    aligner: ResponseAligner | None
     prompts: PromptSet
     evaluation_prompts: PromptSet | None
     grader: Callable[[Prompt, str], float]
-    vocab_size: int
-    eos_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +70,7 @@ class Parts:
     teacher: Teacher | None
     sampler: Sampler
     write: Writer
+    align: Callable[[Rollouts], Rollouts]
     objective: Objective
     importance: Importance
 
@@ -67,16 +81,10 @@ def open_sources(config: RunConfig) -> Sources:
         student = open_weights(hf=config.student.hf, checkpoint=config.student.checkpoint)
         settings = config.teacher_source
         teacher = open_weights(hf=settings.hf, checkpoint=settings.checkpoint) if settings is not None else None
-        tokenizer = load_tokenizer(student.assets)
-        vocab_size = student.architecture.vocab_size
-        if teacher is not None:
-            check_same_tokenizer(tokenizer, load_tokenizer(teacher.assets))
-            # Equal tokenizers, differently padded heads (Qwen2.5 has 151,936 and 152,064): what both have is compared.
-            vocab_size = min(vocab_size, teacher.architecture.vocab_size)
-        if vocab_size < len(tokenizer):
-            raise ValueError(f"the tokenizer of {student.assets} has {len(tokenizer)} tokens, more than the model's vocabulary of {vocab_size}")
+        student_text, teacher_text, aligner = _open_texts(config, student, teacher)
+        tokenizer = student_text.tokenizer
         evaluation_data = _evaluation_data(config)
-        prompts, evaluation_prompts = _load_data(config, evaluation_data, tokenizer, teacher.architecture if teacher is not None else None)
+        prompts, evaluation_prompts = _load_data(config, evaluation_data, student_text, teacher_text, teacher.architecture if teacher is not None else None)
         if config.training.objective == "sft":
             limits = (student.architecture.max_positions, config.training.micro_batch_tokens)
             prompts = with_targets(prompts, tokenizer, max_tokens=min(limit for limit in limits if limit is not None))
@@ -86,13 +94,38 @@ def open_sources(config: RunConfig) -> Sources:
     return Sources(
         student=student,
         teacher=teacher,
-        tokenizer=tokenizer,
+        student_text=student_text,
+        teacher_text=teacher_text,
+        aligner=aligner,
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         grader=grader,
-        vocab_size=vocab_size,
-        eos_ids=tuple({tokenizer.eos_token_id, *stop_token_ids(student.assets)}),
     )
+
+
+def _open_texts(config: RunConfig, student: WeightSource, teacher: WeightSource | None) -> tuple[Text, Text, ResponseAligner | None]:
+    """Return how both models read and write, and what aligns the teacher's tokens with the student's where these differ."""
+    tokenizer = load_tokenizer(student.assets)
+    student_text = _text_of(tokenizer, student, student.architecture.vocab_size)
+    if teacher is None:
+        return student_text, student_text, None
+    other = load_tokenizer(teacher.assets)
+    if config.alignment.is_identity:
+        check_same_tokenizer(tokenizer, other)
+        # Equal tokenizers, differently padded heads (Qwen2.5 has 151,936 and 152,064): what both have is compared.
+        student_text = _text_of(tokenizer, student, min(student.architecture.vocab_size, teacher.architecture.vocab_size))
+        return student_text, student_text, None
+    aligner = make_aligner(config.alignment, tokenizer, other, student_text.eos_ids, _text_of(other, teacher, teacher.architecture.vocab_size).eos_ids)
+    # Rows of a padded head that are no token are neither written nor compared.
+    student_text = _text_of(tokenizer, student, aligner.vocabulary.student_size)
+    return student_text, _text_of(other, teacher, aligner.vocabulary.teacher_size), aligner
+
+
+def _text_of(tokenizer: Any, source: WeightSource, vocab_size: int) -> Text:
+    if vocab_size < len(tokenizer) or source.architecture.vocab_size < vocab_size:
+        raise ValueError(f"the tokenizer of {source.assets} has {len(tokenizer)} tokens, more than the model's vocabulary of {source.architecture.vocab_size}")
+    # What the tokenizer itself calls the end comes first.
+    return Text(tokenizer=tokenizer, vocab_size=vocab_size, eos_ids=tuple(dict.fromkeys((tokenizer.eos_token_id, *stop_token_ids(source.assets)))))
 
 
 def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Bridge, device: torch.device, note: Callable[[str], None]) -> Parts:
@@ -101,14 +134,15 @@ def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Brid
     note(groups.picture("student"))
     student = Student(config, sources.student, groups, device)
     teacher = _build_teacher(config, config.teacher, sources, student, bridge, note) if sources.teacher is not None and config.teacher is not None else None
-    sampler = make_sampler(student.model, groups, config, sources)
+    sampler = make_sampler(student.model, groups, config, sources.student_text)
     return Parts(
         student=student,
         teacher=teacher,
         sampler=sampler,
-        write=make_writer(config, run_dir, sampler, groups, sources.tokenizer),
-        objective=_make_objective(config, student, teacher, sources.vocab_size),
-        importance=Importance(config=config, vocab_size=sources.vocab_size),
+        write=make_writer(config, run_dir, sampler, groups, sources.student_text.tokenizer),
+        align=_make_alignment(sources),
+        objective=_make_objective(config, student, teacher, sources),
+        importance=Importance(config=config, vocab_size=sources.student_text.vocab_size),
     )
 
 
@@ -118,25 +152,27 @@ def _build_teacher(config: RunConfig, settings: TeacherConfig, sources: Sources,
     groups = teacher_groups(settings.layout) if settings.placement != "dedicated" else None
     note(make_router(sources.teacher, config, bridge).teacher.picture("teacher"))
 
-    def load(source: WeightSource) -> Teacher:
-        """Return a frozen teacher with these weights, on the teacher's groups, its head cut as the student's vocabulary is."""
+    def load(source: WeightSource, vocabulary: SharedVocabulary | None) -> Teacher:
+        """Return a frozen teacher with these weights, on the teacher's groups, its head cut as the student's vocabulary is, or as the shared one says."""
         scorer = make_scorer(source, config, groups, student.device) if groups is not None else None
         router = make_router(source, config, bridge)
-        teacher = Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=student.device)
+        shard = student.paired_shard(vocabulary) if vocabulary is not None else None
+        teacher = Teacher(source, router, scorer, student.groups, student_padded_vocab=student.padded_vocab, device=student.device, shard=shard)
         if settings.moves:
             teacher.refresh = refresh_from(student, teacher, config, source, bridge)
         return teacher
 
     if settings.self_test:
-        own_weights = load(sources.student)
-        objective = _make_objective(config, student, own_weights, sources.vocab_size)
-        divergence = check_self_divergence(student, own_weights, objective, sources.prompts.prompts)
+        aligner = sources.aligner
+        own_weights = load(sources.student, with_itself(aligner) if aligner is not None else None)
+        objective = _make_objective(config, student, own_weights, sources)
+        divergence = check_self_divergence(student, own_weights, objective, sources.prompts.prompts, token_by_token if aligner is not None else None)
         note(f"self-test: the student's own weights as teacher diverge by {divergence:.1e} nats a token")
         if settings.is_student:
             return own_weights
         own_weights.leave()
         del own_weights, objective
-    return load(sources.teacher)
+    return load(sources.teacher, sources.aligner.vocabulary if sources.aligner is not None else None)
 
 
 def make_scorer(source: WeightSource, config: RunConfig, groups: ModelGroups, device: torch.device) -> Scorer:
@@ -163,16 +199,26 @@ def make_router(source: WeightSource, config: RunConfig, bridge: Bridge) -> Rout
     )
 
 
-def make_sampler(model: ModelChunks, groups: ModelGroups, config: RunConfig, sources: Sources) -> Sampler:
+def make_sampler(model: ModelChunks, groups: ModelGroups, config: RunConfig, text: Text) -> Sampler:
     """Return one model as a writer."""
-    return Sampler(model, groups, vocab_size=sources.vocab_size, eos_ids=sources.eos_ids, batch_sequences=config.rollout.batch_sequences)
+    return Sampler(model, groups, vocab_size=text.vocab_size, eos_ids=text.eos_ids, batch_sequences=config.rollout.batch_sequences)
 
 
-def _make_objective(config: RunConfig, student: Student, teacher: Teacher | None, vocab_size: int) -> Objective:
+def _make_alignment(sources: Sources) -> Callable[[Rollouts], Rollouts]:
+    """Return what follows the writing of samples: nothing, where the teacher reads the student's tokens."""
+    if sources.aligner is None:
+        return lambda rollouts: rollouts
+    assert sources.teacher is not None
+    return RolloutAligner(aligner=sources.aligner, max_teacher_positions=sources.teacher.architecture.max_positions)
+
+
+def _make_objective(config: RunConfig, student: Student, teacher: Teacher | None, sources: Sources) -> Objective:
     """Return what the configuration minimizes."""
-    tp_group = student.groups.collection.tp
+    tp_group, vocab_size = student.groups.collection.tp, sources.student_text.vocab_size
     if teacher is None:
         return SupervisedFineTuning(loss=config.loss, vocab_size=vocab_size, tp_group=tp_group)
+    if teacher.shard is not None:
+        return AlignedDistillation(loss=config.loss, alignment=config.alignment, shard=teacher.shard, tp_group=tp_group, teacher_head_CG=teacher.head_WG)
     # Only at the temperature of the rollouts is the recomputed log-probability that of the sampler.
     knows_drift = config.loss.temperature == config.rollout.temperature and not config.rollout.replay
     return Distillation(loss=config.loss, vocab_size=vocab_size, tp_group=tp_group, teacher_head_WG=teacher.head_WG, recompute_logp=knows_drift)
@@ -184,13 +230,16 @@ def _evaluation_data(config: RunConfig) -> DataConfig:
     return replace(config.data, prompts=wanted) if isinstance(wanted, str) else config.data
 
 
-def _load_data(config: RunConfig, evaluation_data: DataConfig, tokenizer: Any, teacher: Architecture | None) -> tuple[PromptSet, PromptSet | None]:
+def _load_data(
+    config: RunConfig, evaluation_data: DataConfig, student_text: Text, teacher_text: Text, teacher: Architecture | None
+) -> tuple[PromptSet, PromptSet | None]:
     """Return training and held-out prompts. An evaluation source of its own leaves the training source whole."""
-    wanted = config.evaluation.prompts
+    wanted, tokenizer = config.evaluation.prompts, student_text.tokenizer
+    other = None if teacher_text is student_text else teacher_text.tokenizer
     train: Part = "train" if isinstance(wanted, int) and wanted else "all"
     privileged = config.privileged if teacher is not None else None
     room = longest_teacher_prompt(config, teacher) if teacher is not None else None
-    prompts = load_prompts(config.data, tokenizer, part=train, privileged=privileged, max_teacher_tokens=room)
+    prompts = load_prompts(config.data, tokenizer, part=train, privileged=privileged, max_teacher_tokens=room, teacher_tokenizer=other)
     if wanted == 0:
         return prompts, None
     held_out: Part = "all" if isinstance(wanted, str) else "evaluation"
@@ -200,7 +249,14 @@ def _load_data(config: RunConfig, evaluation_data: DataConfig, tokenizer: Any, t
     # The student is measured on all of them, whatever the teacher is told.
     room = longest_evaluated_teacher_prompt(config, teacher)
     held_out_prompts = load_prompts(
-        evaluation_data, tokenizer, part=held_out, limit=limit, privileged=privileged, max_teacher_tokens=room, drop_without_room=False
+        evaluation_data,
+        tokenizer,
+        part=held_out,
+        limit=limit,
+        privileged=privileged,
+        max_teacher_tokens=room,
+        drop_without_room=False,
+        teacher_tokenizer=other,
     )
     return prompts, held_out_prompts
 

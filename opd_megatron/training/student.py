@@ -6,7 +6,7 @@ Shapes: B sequences, S padded length, T scored positions, H hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 
+from opd_megatron.align.rows import PairedShard, paired_shard
+from opd_megatron.align.vocabulary import SharedVocabulary
 from opd_megatron.config import RunConfig
 from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics
@@ -36,28 +38,50 @@ from opd_megatron.training.objective import Distillation, MicroBatch, Objective
 from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm, optimizer_state
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipCounts:
-    """How many vocabulary entries the loss clipped, and how many tokens have at least one such entry."""
+@dataclass(frozen=True)
+class Observed:
+    """What an objective told of the rows besides: the sum, the rows that have the value, and those where it is not 0."""
 
-    entries: float
-    tokens: float
+    total: float
+    rows: float
+    nonzero: float
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.rows if self.rows else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """Sums over every position of the step that is trained on, equal on all ranks; the means divide once, here. `clipped` is None without a clip."""
+    """Sums over every position of the step that is trained on, equal on all ranks; the means divide once, here."""
 
     loss: float
     divergence: float
     entropy: float
     drift: float
     drift_max: float
+    # What the loss sum is divided by, and the positions that were scored: fewer than that where a teacher with another tokenizer compares units.
     tokens: float
-    clipped: ClipCounts | None
+    scored: float
+    observed: Mapping[str, Observed]
+
+    @property
+    def rows(self) -> float:
+        """Rows that have a loss: the scored positions, or the units."""
+        return self.observed["covered"].total if "covered" in self.observed else self.scored
 
     def per_token(self, total: float) -> float:
-        return total / self.tokens if self.tokens else 0.0
+        return _mean(total, self.tokens)
+
+    def per_scored(self, total: float) -> float:
+        return _mean(total, self.scored)
+
+    def per_row(self, total: float) -> float:
+        return _mean(total, self.rows)
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else 0.0
 
 
 # (hidden states after the last stage, their micro-batch) -> (loss sum, count, what is reported), as Megatron's schedule takes them.
@@ -92,6 +116,11 @@ class Student:
         self._offloads = config.training.offload_optimizer
         self._offloaded: Offloaded | None = None
         self._leave()
+
+    def paired_shard(self, vocabulary: SharedVocabulary) -> PairedShard:
+        """Return how this rank's columns of the vocabulary are paired with another one."""
+        size = self.groups.layout.tensor
+        return paired_shard(vocabulary, rank=self.groups.tensor_rank, num_ranks=size, student_columns=self.padded_vocab // size).to(self.device)
 
     @contextmanager
     def optimizer_on_device(self) -> Iterator[None]:
@@ -132,8 +161,8 @@ class Student:
         sums = self._world_sums(self._run_schedule(micro_batches, partial(self._loss, objective), forward_only=False), objective)
         norm = gradient_norm(self.optimizer)
         self.scheduler.step(increment=1)
-        # A step without a single kept token has no gradient; Adam's momentum alone must not move the weights.
-        healthy = math.isfinite(norm) and math.isfinite(sums.loss) and sums.tokens > 0
+        # A step without a single row has no gradient; Adam's momentum alone must not move the weights.
+        healthy = math.isfinite(norm) and math.isfinite(sums.loss) and sums.rows > 0
         if healthy:
             clip_and_update(self.optimizer, norm)
             if self.average is not None:
@@ -204,7 +233,7 @@ class Student:
         hidden_TH = self._scored_hidden(hidden_BSH, micro_batch)
         result = objective(hidden_TH, head_weight(self.model), micro_batch)
         # The schedule divides by a count; weights other than one are scaled for it (training.importance).
-        count = torch.tensor(hidden_TH.size(0), dtype=torch.int, device=self.device)
+        count = torch.tensor(micro_batch.count, dtype=torch.int, device=self.device)
         return result.loss_sum, count, _detached_sums(result, micro_batch)
 
     def _scored_hidden(self, hidden_BSH: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
@@ -212,31 +241,39 @@ class Student:
 
         Each tensor rank's head gives a partial gradient of the hidden states; the backward of these mappings sums them.
         """
-        tp_group = self.groups.collection.tp
+        tp_group, cp_group, scored_T = self.groups.collection.tp, self.groups.collection.cp, micro_batch.batch.scored_T
         if self.groups.layout.sequence:
             whole_SBH = gather_from_sequence_parallel_region(hidden_BSH.transpose(0, 1).contiguous(), tensor_parallel_output_grad=True, group=tp_group)
-            return whole_SBH.transpose(0, 1).flatten(0, 1)[micro_batch.batch.scored_T]
-        return copy_to_tensor_model_parallel_region(hidden_BSH.flatten(0, 1)[micro_batch.batch.scored_T], group=tp_group)
+            hidden_NH = whole_SBH.transpose(0, 1).flatten(0, 1)
+        else:
+            hidden_NH = hidden_BSH.flatten(0, 1)
+        if micro_batch.units is not None and self.groups.layout.context > 1:
+            # A unit's tokens may lie in several windows; the backward of the gather sums each window's gradient over the ranks that used it.
+            hidden_NH = gather_from_sequence_parallel_region(hidden_NH.contiguous(), tensor_parallel_output_grad=True, group=cp_group)
+        hidden_TH = hidden_NH[scored_T]
+        return hidden_TH if self.groups.layout.sequence else copy_to_tensor_model_parallel_region(hidden_TH, group=tp_group)
 
     def _world_sums(self, results: Sequence[torch.Tensor], objective: Objective) -> LossSums:
         """Add the sums of all replicas; every rank ends with the same numbers. Tensor ranks hold equal sums, so one of them speaks."""
-        sums = torch.zeros(_NUM_SUMS + (_NUM_CLIP_COUNTS if objective.counts_clipped else 0), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(_NUM_SUMS + _NUM_OBSERVED * len(objective.observes), dtype=torch.float64, device=self.device)
         largest = torch.zeros(1, dtype=torch.float64, device=self.device)
         if self.groups.is_last_stage and self.groups.tensor_rank == 0 and results:
             stacked = torch.stack(list(results))
             sums, largest = stacked[:, :-1].sum(0), stacked[:, -1].max().reshape(1)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        loss, divergence, entropy, drift, tokens, *counts = sums.tolist()
-        clipped = ClipCounts(entries=counts[0], tokens=counts[1]) if counts else None
-        return LossSums(loss=loss, divergence=divergence, entropy=entropy, drift=drift, drift_max=float(largest), tokens=tokens, clipped=clipped)
+        loss, divergence, entropy, drift, tokens, scored, *rest = sums.tolist()
+        observed = {name: Observed(*rest[_NUM_OBSERVED * place :][:_NUM_OBSERVED]) for place, name in enumerate(objective.observes)}
+        return LossSums(
+            loss=loss, divergence=divergence, entropy=entropy, drift=drift, drift_max=float(largest), tokens=tokens, scored=scored, observed=observed
+        )
 
 
-_NUM_SUMS, _NUM_CLIP_COUNTS = 5, 2
+_NUM_SUMS, _NUM_OBSERVED = 6, 3
 
 
 def _detached_sums(result: FusedDivergence, micro_batch: MicroBatch) -> torch.Tensor:
-    """Return [loss, divergence, entropy, drift, tokens, largest drift] of one micro-batch, with a clip [clipped entries, clipped tokens] before the last.
+    """Return [loss, divergence, entropy, drift, tokens, scored, largest drift] of one micro-batch, and before the last three numbers for whatever was observed.
 
     Drift is |log-probability when sampled - when recomputed|: the same weights wrote and score, so it shows numerical disagreement only.
     """
@@ -244,7 +281,13 @@ def _detached_sums(result: FusedDivergence, micro_batch: MicroBatch) -> torch.Te
     if result.sampled_logp_T is not None:
         drift_T = (result.sampled_logp_T - micro_batch.batch.sampled_logp_T).double().abs()
         drift = torch.cat([drift, drift_T[~drift_T.isnan()]])
-    tokens = float(result.divergence_T.numel())
+    counts = drift.new_tensor([micro_batch.count, result.divergence_T.numel()])
     parts = [result.loss_sum.detach(), result.divergence_T.double().sum(), result.student_entropy_T.double().sum(), drift.sum()]
-    clipped = [] if result.clipped_T is None else [result.clipped_T.double().sum(), result.clipped_T.count_nonzero().double()]
-    return torch.stack([*(part.double().reshape(()) for part in parts), drift.new_tensor(tokens), *clipped, drift.max()])
+    told = [value for observed_T in result.observed.values() for value in _observed(observed_T)]
+    return torch.stack([*(part.double().reshape(()) for part in parts), *counts, *told, drift.max()])
+
+
+def _observed(value_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return sum, rows and nonzero rows; NaN marks a row to which the value does not belong."""
+    has_T = ~value_T.isnan()
+    return value_T.double().nansum(), has_T.sum().double(), (has_T & (value_T != 0)).sum().double()

@@ -52,4 +52,4 @@ def _serve_weights(
 def _evaluate(scorer: Scorer, config: RunConfig, sources: Sources) -> dict[str, Any] | None:
     """Return the teacher's accuracy on the held-out prompts, on the teacher's first rank."""
     with scorer.on_device():
-        return evaluate_held_out(make_sampler(scorer.model, scorer.groups, config, sources), config, sources, as_teacher=True)
+        return evaluate_held_out(make_sampler(scorer.model, scorer.groups, config, sources.teacher_text), config, sources, as_teacher=True)

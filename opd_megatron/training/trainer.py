@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
 
-_PHASES = ("rollout", "teacher", "weigh", "train")
+_PHASES = ("rollout", "align", "teacher", "weigh", "train")
 
 
 class Trainer:
@@ -45,6 +46,7 @@ class Trainer:
         self.student = parts.student
         self.teacher = parts.teacher
         self.write = parts.write
+        self.align = parts.align
         self.objective = parts.objective
         self.importance = parts.importance
         self.recorder = recorder
@@ -53,7 +55,7 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self._writes_ahead = config.teacher is not None and config.teacher.staleness > 0 and self.teacher is not None
-        self._ahead = ahead if self._writes_ahead else None
+        self._ahead = self.align(ahead) if self._writes_ahead and ahead is not None else None
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._peak_bytes = dict.fromkeys(_PHASES, 0)
         self._saved_step = progress.step
@@ -104,6 +106,8 @@ class Trainer:
         prompts = self.prompts.batch(step - 1, self.config.data.batch_prompts, self.config.seed)
         with self._measured("rollout"):
             rollouts = self.write(step, prompts, self.progress.step)
+        with self._measured("align"):
+            rollouts = self.align(rollouts)
         if self.teacher is not None:
             with self._measured("teacher"):
                 self.teacher.ask(rollouts)
@@ -114,9 +118,9 @@ class Trainer:
         payload_bytes, gathered_bytes = (self.teacher.payload_bytes, self.teacher.gathered_bytes) if self.teacher is not None else (0, 0)
         return {
             "loss": sums.per_token(sums.loss),
-            "divergence": sums.per_token(sums.divergence),
-            "student_entropy": sums.per_token(sums.entropy),
-            "kept_fraction": sums.tokens / max(1, response_tokens),
+            "divergence": sums.per_row(sums.divergence),
+            "student_entropy": sums.per_scored(sums.entropy),
+            "kept_fraction": sums.scored / max(1, response_tokens),
             "rollout_staleness": self.progress.step - 1 - rollouts.policy_version,
             "response_tokens": response_tokens,
             "response_length_mean": response_tokens / len(samples),
@@ -124,9 +128,11 @@ class Trainer:
             "grad_norm": norm,
             "lr": self.student.learning_rate,
             "skipped_steps": self.progress.skipped_steps,
-            "rollout_drift_mean": sums.per_token(sums.drift),
+            "rollout_drift_mean": sums.per_scored(sums.drift),
             "rollout_drift_max": sums.drift_max,
             **_clip_metrics(sums),
+            **_unit_metrics(sums),
+            **rollouts.notes,
             "padding_share": 1 - sum(rollouts.num_tokens) / num_positions,
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
             "payload_gathered_bytes_per_token": gathered_bytes / max(1, response_tokens),
@@ -142,8 +148,13 @@ class Trainer:
         self.progress = replace(self.progress, step=step, skipped_steps=self.progress.skipped_steps + (not updated), skipped_in_a_row=in_a_row)
         if not updated:
             self.recorder.note(f"step {step} changed nothing: {sums.tokens:.0f} tokens, loss sum {sums.loss}, gradient norm {norm}")
-        if in_a_row >= self.config.training.max_skipped_steps and sums.tokens == 0:
+        if in_a_row >= self.config.training.max_skipped_steps and sums.rows == 0:
             importance = self.config.importance
+            if not self.config.alignment.is_identity:
+                raise ValueError(
+                    f"{in_a_row} steps in a row were skipped because no unit of any response was left to compare: the two tokenizers share no boundary there, "
+                    f"or alignment.gh_threshold={self.config.alignment.gh_threshold} leaves all out; see tools/align_report.py, or use alignment.kind=simct"
+                )
             raise ValueError(
                 f"{in_a_row} steps in a row were skipped because no token was left to train on: importance.rule={importance.rule} keeps none of responses as "
                 f"short as these at importance.ratio={importance.ratio}; raise it, or set importance.min_keep=1 or importance.select_scope=step"
@@ -182,6 +193,15 @@ class Trainer:
 
 def _clip_metrics(sums: LossSums) -> dict[str, float]:
     """Return the share of tokens with a clipped entry and the clipped entries per token; nothing without a clip."""
-    if sums.clipped is None:
+    if (clipped := sums.observed.get("clipped")) is None:
         return {}
-    return {"clip_fraction": sums.per_token(sums.clipped.tokens), "clipped_entries_mean": sums.per_token(sums.clipped.entries)}
+    return {"clip_fraction": sums.per_token(clipped.nonzero), "clipped_entries_mean": sums.per_token(clipped.total)}
+
+
+def _unit_metrics(sums: LossSums) -> dict[str, float]:
+    """Return what the teacher thinks of the columns it is compared on; nothing where both models have the same."""
+    if "covered" not in sums.observed:
+        return {}
+    means = {"teacher_shared_mass": sums.observed["shared_mass"].mean, "teacher_eos_mass": sums.observed["eos_mass"].mean}
+    covered = sums.observed["covered"]
+    return {"uncovered_units": covered.rows - covered.total, **{key: mean for key, mean in means.items() if math.isfinite(mean)}}

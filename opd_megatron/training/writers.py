@@ -57,16 +57,22 @@ class Replayed:
     run: Path
     num_sequences: int
     vocab_size: int
-    privileged: bool
+    teacher_reads_other: bool
+    same_tokenizer: bool
 
     def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
         with shared_errors():
             rollouts = replay_rollouts(RunDirectory(self.run).rollout_file(step))
             if len(rollouts.samples) != self.num_sequences:
                 raise ValueError(f"{self.run} recorded {len(rollouts.samples)} samples for step {step}, this run takes {self.num_sequences}")
-            if {sample.teacher_prompt_ids is not None for sample in rollouts.samples} != {self.privileged}:
-                raise ValueError(f"{self.run} was recorded {'without' if self.privileged else 'with'} privileged.template; replay it as it was recorded")
-            read = [ids for sample in rollouts.samples for ids in (sample.prompt_ids, sample.response_ids, sample.teacher_prompt_ids) if ids is not None]
+            if {sample.teacher_prompt_ids is not None for sample in rollouts.samples} != {self.teacher_reads_other}:
+                how = "without" if self.teacher_reads_other else "with"
+                raise ValueError(
+                    f"{self.run} was recorded {how} prompts of the teacher's own (privileged.template, alignment.kind); replay it as it was recorded"
+                )
+            read = [ids for sample in rollouts.samples for ids in (sample.prompt_ids, sample.response_ids)]
+            if self.same_tokenizer:
+                read += [sample.teacher_prompt_ids for sample in rollouts.samples if sample.teacher_prompt_ids is not None]
             largest = int(torch.cat(read).max())
             if largest >= self.vocab_size:
                 raise ValueError(
@@ -92,8 +98,14 @@ def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: Mode
     if config.training.objective == "sft":
         return ReferenceAnswers(tokenizer=tokenizer)
     if rollout.replay:
-        privileged = config.privileged.template is not None
-        return Replayed(run=Path(rollout.replay), num_sequences=config.num_sequences, vocab_size=sampler.vocab_size, privileged=privileged)
+        same = config.alignment.is_identity
+        return Replayed(
+            run=Path(rollout.replay),
+            num_sequences=config.num_sequences,
+            vocab_size=sampler.vocab_size,
+            teacher_reads_other=config.privileged.template is not None or not same,
+            same_tokenizer=same,
+        )
     return OnPolicy(
         sampler=sampler,
         groups=groups,

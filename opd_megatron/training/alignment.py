@@ -1,0 +1,100 @@
+"""Between writing and scoring, where the teacher has another tokenizer: what it reads of every response, and the units on which both are compared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.align.pieces import BytePieces, check_lossless
+from opd_megatron.align.responses import AlignedResponse, ResponseAligner, UnitCounts
+from opd_megatron.align.vocabulary import SharedVocabulary, shared_vocabulary
+from opd_megatron.config import AlignmentConfig
+from opd_megatron.data.batches import Sample, UnitSpans
+from opd_megatron.parallel.layout import replica_share
+from opd_megatron.rollout.rollouts import Rollouts
+
+logger = logging.getLogger(__name__)
+
+
+def make_aligner(
+    config: AlignmentConfig, student_tokenizer: Any, teacher_tokenizer: Any, student_ends: Sequence[int], teacher_ends: Sequence[int]
+) -> ResponseAligner:
+    """Return what aligns responses as configured; ValueError for tokenizers that are not read byte by byte, and for two that share nothing."""
+    student, teacher = BytePieces.of(student_tokenizer), BytePieces.of(teacher_tokenizer)
+    for role, pieces in (("student", student), ("teacher", teacher)):
+        for note in check_lossless(role, pieces):
+            logger.warning(note)
+    vocabulary = shared_vocabulary(student, teacher, match=config.vocab_match, eos=config.eos, student_eos=student_ends, teacher_eos=teacher_ends)
+    assert config.kind != "identity"
+    options = {name: getattr(config, name) for name in ("kind", "units", "tail", "boundaries", "oov_unit")}
+    return ResponseAligner(student=student, teacher=teacher, vocabulary=vocabulary, student_ends=frozenset(student_ends), **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutAligner:
+    """Aligns a step's samples, each on one rank of the student; then all ranks exchange what they found."""
+
+    aligner: ResponseAligner
+    max_teacher_positions: int
+
+    def __call__(self, rollouts: Rollouts) -> Rollouts:
+        """Return the samples with the teacher's tokens and their units; `notes` tell how much they cover. Every rank of the student calls it alike."""
+        rank, size = dist.get_rank(), dist.get_world_size()
+        mine = [rollouts.samples[index] for index in replica_share(len(rollouts.samples), rank, size)]
+        rooms = [self.max_teacher_positions - len(sample.as_teacher_reads().prompt_ids) for sample in mine]
+        aligned = self.aligner.align([sample.response_ids.numpy() for sample in mine], [sample.finished for sample in mine], rooms)
+        gathered: list[list[AlignedResponse]] = [[] for _ in range(size)]
+        dist.all_gather_object(gathered, aligned)
+        responses = [response for share in gathered for response in share]
+        counts = UnitCounts()
+        for response in responses:
+            counts.add(response.counts)
+        samples = tuple(_with_units(sample, response) for sample, response in zip(rollouts.samples, responses, strict=True))
+        return replace(rollouts, samples=samples, notes=_metrics(counts))
+
+
+def _with_units(sample: Sample, response: AlignedResponse) -> Sample:
+    starts_and_stops = torch.from_numpy(response.spans_N4).unbind(1)
+    units = UnitSpans(*starts_and_stops, *map(torch.from_numpy, (response.has_column_N, response.is_end_N)))
+    return replace(sample, teacher_response_ids=torch.from_numpy(response.teacher_ids), units=units)
+
+
+def with_itself(aligner: ResponseAligner) -> SharedVocabulary:
+    """Return what the student's vocabulary shares with itself, ends treated as between student and teacher."""
+    ends = aligner.vocabulary.student_eos
+    return shared_vocabulary(aligner.student, aligner.student, eos=aligner.vocabulary.eos, student_eos=ends, teacher_eos=ends)
+
+
+def token_by_token(rollouts: Rollouts) -> Rollouts:
+    """Return samples that the teacher reads as they are, every token a unit: for a teacher that is the student itself."""
+
+    def aligned(sample: Sample) -> Sample:
+        start_N = torch.arange(len(sample.response_ids))
+        has_column_N = torch.ones(len(start_N), dtype=torch.bool)
+        units = UnitSpans(start_N, start_N + 1, start_N, start_N + 1, has_column_N, ~has_column_N)
+        return replace(sample, teacher_response_ids=sample.response_ids, units=units)
+
+    return replace(rollouts, samples=tuple(map(aligned, rollouts.samples)))
+
+
+def _metrics(counts: UnitCounts) -> Mapping[str, float]:
+    """Return what metrics.jsonl shows of a step's alignment: shares of the student's tokens unless they say otherwise."""
+    tokens, units = max(1, counts.student_tokens), max(1, counts.units)
+    return {
+        "aligned_share": counts.covered_tokens / tokens,
+        "one_to_one_share": counts.one_to_one_tokens / tokens,
+        "units_per_token": counts.units / tokens,
+        "multi_token_unit_share": counts.multi_token_units / units,
+        "align_ratio": counts.longer_tokens / max(1, counts.longer_responses),
+        "teacher_tokens_per_token": counts.teacher_tokens / tokens,
+        "lost_bytes_share": counts.lost_bytes / max(1, counts.text_bytes),
+        "special_token_share": counts.special_tokens / tokens,
+        "cut_teacher_tokens": counts.cut_tokens,
+        "unaligned_samples": counts.unaligned_responses,
+        "ends_compared_share": counts.ends_compared / counts.ended if counts.ended else 0.0,
+    }
