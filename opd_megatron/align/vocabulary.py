@@ -58,7 +58,7 @@ class SharedVocabulary:
     def _teacher_id_of(self) -> np.ndarray:
         """The teacher's id of every student id [student_size], -1 where there is none."""
         table = np.full(self.student_size, -1, np.int64)
-        table[self.student_ids_K.numpy()] = self.teacher_ids_K.numpy()
+        table[self.student_ids_K.cpu().numpy()] = self.teacher_ids_K.cpu().numpy()
         return table
 
     def is_pair(self, student_ids: Sequence[int] | np.ndarray, teacher_ids: Sequence[int] | np.ndarray) -> np.ndarray:
