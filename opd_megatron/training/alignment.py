@@ -25,10 +25,7 @@ def make_aligner(
     config: AlignmentConfig, student_tokenizer: Any, teacher_tokenizer: Any, student_ends: Sequence[int], teacher_ends: Sequence[int]
 ) -> ResponseAligner:
     """Return what aligns responses as configured; ValueError for tokenizers that are not read byte by byte, and for two that share nothing."""
-    student, teacher = BytePieces.of(student_tokenizer), BytePieces.of(teacher_tokenizer)
-    for role, pieces in (("student", student), ("teacher", teacher)):
-        for note in check_lossless(role, pieces):
-            logger.warning(note)
+    student, teacher = _pieces_of("student", student_tokenizer), _pieces_of("teacher", teacher_tokenizer)
     vocabulary = shared_vocabulary(student, teacher, match=config.vocab_match, eos=config.eos, student_eos=student_ends, teacher_eos=teacher_ends)
     assert config.kind != "identity"
     options = {name: getattr(config, name) for name in ("kind", "units", "tail", "boundaries", "oov_unit")}
@@ -62,6 +59,24 @@ def _with_units(sample: Sample, response: AlignedResponse) -> Sample:
     starts_and_stops = torch.from_numpy(response.spans_N4).unbind(1)
     units = UnitSpans(*starts_and_stops, *map(torch.from_numpy, (response.has_column_N, response.is_end_N)))
     return replace(sample, teacher_response_ids=torch.from_numpy(response.teacher_ids), units=units)
+
+
+def _pieces_of(role: str, tokenizer: Any) -> BytePieces:
+    """Return the bytes of a tokenizer's tokens; ValueError for one that does not tell them, or does not keep text."""
+    try:
+        pieces = BytePieces.of(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"the {role}'s tokenizer cannot be aligned: {error}") from None
+    for note in check_lossless(role, pieces):
+        logger.warning(note)
+    return pieces
+
+
+def describe_alignment(aligner: ResponseAligner) -> str:
+    """Return one line on what the two vocabularies share, for the log of rank 0."""
+    told = aligner.vocabulary.statistics()
+    shares = f"{told['student_share']:.1%} of the student's {told['student_size']:,} and {told['teacher_share']:.1%} of the teacher's {told['teacher_size']:,}"
+    return f"alignment: {aligner.kind}, {told['num_pairs']:,} shared tokens ({shares}), ends of sequence: {told['eos']}"
 
 
 def with_itself(aligner: ResponseAligner) -> SharedVocabulary:
