@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.align.pieces import BytePieces, check_lossless
-from opd_megatron.align.responses import AlignedResponse, ResponseAligner, UnitCounts
+from opd_megatron.align.responses import AlignedResponses, ResponseAligner, UnitCounts
 from opd_megatron.align.vocabulary import SharedVocabulary, shared_vocabulary
 from opd_megatron.config import AlignmentConfig
 from opd_megatron.data.batches import Sample, UnitSpans
@@ -45,20 +46,19 @@ class RolloutAligner:
         mine = [rollouts.samples[index] for index in replica_share(len(rollouts.samples), rank, size)]
         rooms = [self.max_teacher_positions - len(sample.as_teacher_reads().prompt_ids) for sample in mine]
         aligned = self.aligner.align([sample.response_ids.numpy() for sample in mine], [sample.finished for sample in mine], rooms)
-        gathered: list[list[AlignedResponse]] = [[] for _ in range(size)]
+        gathered: list[AlignedResponses] = [aligned] * size
         dist.all_gather_object(gathered, aligned)
-        responses = [response for share in gathered for response in share]
-        counts = UnitCounts()
-        for response in responses:
-            counts.add(response.counts)
-        samples = tuple(_with_units(sample, response) for sample, response in zip(rollouts.samples, responses, strict=True))
-        return replace(rollouts, samples=samples, notes=_metrics(counts))
+        aligned_samples = itertools.chain.from_iterable(map(_split, gathered))
+        samples = tuple(replace(sample, teacher_response_ids=ids, units=units) for sample, (ids, units) in zip(rollouts.samples, aligned_samples, strict=True))
+        return replace(rollouts, samples=samples, notes=_metrics(sum((share.counts for share in gathered), UnitCounts())))
 
 
-def _with_units(sample: Sample, response: AlignedResponse) -> Sample:
-    starts_and_stops = torch.from_numpy(response.spans_N4).unbind(1)
-    units = UnitSpans(*starts_and_stops, *map(torch.from_numpy, (response.has_column_N, response.is_end_N)))
-    return replace(sample, teacher_response_ids=torch.from_numpy(response.teacher_ids), units=units)
+def _split(aligned: AlignedResponses) -> Iterator[tuple[torch.Tensor, UnitSpans]]:
+    """Yield each response's tokens as the teacher reads it, and its units."""
+    ids = torch.from_numpy(aligned.teacher_ids).split(aligned.num_teacher_tokens_B.tolist())
+    columns = (*torch.from_numpy(aligned.spans_N4).unbind(1), torch.from_numpy(aligned.has_column_N), torch.from_numpy(aligned.is_end_N))
+    for ids_R, *parts in zip(ids, *(column.split(aligned.num_units_B.tolist()) for column in columns), strict=True):
+        yield ids_R, UnitSpans(*parts)
 
 
 def _pieces_of(role: str, tokenizer: Any) -> BytePieces:
