@@ -165,6 +165,7 @@ LAYOUTS = {
     "TP2xPP2+SP, teacher PP2": ({"tensor": 2, "pipeline": 2, "sequence": True}, {"pipeline": 2}, None, 4),
     "CP2, teacher CP2xTP2": ({"context": 2}, {"context": 2, "tensor": 2}, None, 4),
     "CP2xTP2+SP": ({"context": 2, "tensor": 2, "sequence": True}, {}, None, 4),
+    "PP2xVPP2, teacher TP2": ({"pipeline": 2, "virtual": 2}, {"tensor": 2}, None, 2),
     "DP2xPP2": ({"pipeline": 2}, {"tensor": 2}, None, 4),
     "TP2, PP2 of the teacher's own": ({"tensor": 2}, {"pipeline": 2}, 2, 4),
 }
@@ -188,6 +189,18 @@ def test_every_layout_gives_the_same_losses(
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
     ours, reference = weights_of(tmp_path / "run"), weights_of(replayed[kind])
     assert max(float((ours[name] - reference[name]).abs().max()) for name in ours) < 1e-5
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [({"context": 2}, 2), pytest.param({"tensor": 2, "sequence": True}, 4, marks=pytest.mark.slow)])
+def test_packed_samples_give_the_same_losses(
+    models: Path, recorded: Path, replayed: dict[str, Path], pool: RankPool, tmp_path: Path, layout: dict[str, Any], world_size: int
+) -> None:
+    """Several samples in one row, uneven packs, units that lie in both windows of a sample."""
+    config = _changed(_config(models, SIMCT, **layout), "rollout", replay=str(recorded))
+    pool.run(run_job, _changed(config, "training", micro_batch=1, micro_batch_tokens=96), tmp_path / "run", world_size=world_size)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(replayed["simct"]), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
 
 
 def test_position_weights_weigh_units_by_their_first_token(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
