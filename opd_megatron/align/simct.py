@@ -20,22 +20,20 @@ H, G hidden sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.align.rows import PairedShard, UnitRows
+from opd_megatron.align.sides import Columns, Positions, Reduced, Side, reduce_sides
 from opd_megatron.losses.chunk_objectives import ChunkLoss, chunk_softmax
 from opd_megatron.losses.class_divergence import top_ids
 from opd_megatron.losses.divergences import require_temperature
 from opd_megatron.losses.fused_head import FusedDivergence, fused_head
-from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, entropy, picked_logp, require_same, token_chunks, vocab_shard
-
-# Stands for no column at all: its exponential is 0, and differences of it are.
-_ABSENT = -1e30
+from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, entropy, local_ids, picked_logp, require_same, token_chunks, vocab_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,33 +115,6 @@ class _Chunk(NamedTuple):
     teacher: slice
 
 
-class _Reduced(NamedTuple):
-    """What the collectives give of one model: mass and picked logit of each position relative to its maximum; of each row the shared tokens' and EOS' sums."""
-
-    max_n: torch.Tensor
-    mass_n: torch.Tensor
-    picked_n: torch.Tensor
-    shared_max_N: torch.Tensor
-    shared_mass_N: torch.Tensor
-    unmasked_mass_N: torch.Tensor
-    eos_max_N: torch.Tensor
-    eos_mass_N: torch.Tensor
-
-
-class _Columns(NamedTuple):
-    """Logarithms of one model's rows, in the scale of its raw logits at the first position: shared tokens together, the unit, EOS, and all together."""
-
-    shared_N: torch.Tensor
-    unit_N: torch.Tensor
-    eos_N: torch.Tensor
-    all_N: torch.Tensor
-    # Log-sum-exp of the whole vocabulary at the first position, and the unit's column by Eq. 7, whatever the score: 0 where the row has none.
-    whole_N: torch.Tensor
-    unit_prob_N: torch.Tensor
-    # The probability of the token that stands there.
-    first_prob_N: torch.Tensor
-
-
 @dataclass(frozen=True)
 class AlignedObjective:
     """A `ChunkObjective` whose rows are positions, unit after unit; a chunk holds whole units."""
@@ -171,63 +142,47 @@ class AlignedObjective:
             first, position, teacher_position = last, stop, teacher_stop
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
-        chunk = self._chunks[rows.start]
-        teacher_shard = VocabShard(0, self.teacher_head_CG.size(0), shard.tp_group)
-        dtype, scratch = student.logp_TW.dtype, student.scratch
-        teacher = chunk_softmax("teacher", self.teacher_hidden_UG[chunk.teacher], self.teacher_head_CG, teacher_shard, self.temperature, dtype, scratch)
-        ours, theirs = self._side("student", student, chunk, rows.start, shard), self._side("teacher", teacher, chunk, chunk.teacher.start, teacher_shard)
-        self._mask_(ours, theirs, chunk, shard)
-        student_sums, teacher_sums, cross_N, moment_n, owners_n = self._reduce(ours, theirs, shard)
-        ours_N, theirs_N = self._columns(ours, student_sums), self._columns(theirs, teacher_sums)
-        value_N = self._value(student_sums, teacher_sums, cross_N, ours_N, theirs_N)
-        shared_mass_N = teacher_sums.unmasked_mass_N.double() / teacher_sums.mass_n[theirs.first_N].double()
+        chunk, dtype = self._chunks[rows.start], student.logp_TW.dtype
+        their_shard = VocabShard(0, self.teacher_head_CG.size(0), shard.tp_group)
+        teacher = chunk_softmax("teacher", self.teacher_hidden_UG[chunk.teacher], self.teacher_head_CG, their_shard, self.temperature, dtype, student.scratch)
+        ours, theirs = self._student_side(student, chunk, rows, shard), self._teacher_side(teacher, chunk)
+        self._mask_(ours, theirs, shard)
+        sums, their_sums, (cross_N, moment_n, owners_n) = reduce_sides(ours, theirs, shard, self.scoring.kind)
+        options: dict[str, Any] = {"score": self.scoring.score, "bridges_eos": self.shard.bridges_eos}
+        ours_N, theirs_N = ours.columns(sums, **options), theirs.columns(their_sums, **options)
+        value_N = self._value(sums, their_sums, cross_N, ours_N, theirs_N)
+        shared_mass_N = their_sums.unmasked_mass_N.double() / their_sums.mass_n[theirs.at.first_N].double()
         eos_mass_N = (theirs_N.eos_N - theirs_N.whole_N).exp() if self.shard.bridges_eos else theirs_N.first_prob_N
         eos_mass_N = eos_mass_N.masked_fill(~self.rows.is_end_N[chunk.units], math.nan)
         kept_N = self._kept(shared_mass_N, theirs_N)
-        grad_nW = (
-            None if scale_N is None else self._gradient(ours, theirs, student_sums, teacher_sums, ours_N, theirs_N, value_N, kept_N).mul_(scale_N[:, None])
-        )
-        value_N = value_N.masked_fill(~kept_N, 0)
-        observed = tuple(_at(ours.first_N, told_N, student.logp_TW, math.nan) for told_N in (shared_mass_N, eos_mass_N, kept_N))
-        logp_n = picked_logp(student_sums.picked_n, owners_n, student_sums.mass_n)
-        return ChunkLoss(_at(ours.first_N, value_N, student.logp_TW, 0.0), entropy(moment_n, student_sums.mass_n), logp_n, grad_nW, observed)
+        grad_nW = None if scale_N is None else self._gradient(ours, theirs, sums, their_sums, ours_N, theirs_N, value_N, kept_N).mul_(scale_N[:, None])
+        observed = tuple(_at(ours.at.first_N, told_N, student.logp_TW, math.nan) for told_N in (shared_mass_N, eos_mass_N, kept_N))
+        loss_n = _at(ours.at.first_N, value_N.masked_fill(~kept_N, 0), student.logp_TW, 0.0)
+        return ChunkLoss(loss_n, entropy(moment_n, sums.mass_n), picked_logp(sums.picked_n, owners_n, sums.mass_n), grad_nW, observed)
 
-    def _side(self, model: Literal["student", "teacher"], softmax: ShardSoftmax, chunk: _Chunk, start: int, shard: VocabShard) -> _Side:
-        rows, pairs = self.rows, self.shard
-        if model == "student":
-            first, unit, ids, lengths = rows.student_first_N, rows.unit_of_T, rows.student_ids_T, rows.student_lengths
-            columns, eos = pairs.student_columns_K, pairs.student_eos_E
-        else:
-            first, unit, ids, lengths = rows.teacher_first_N, rows.unit_of_U, rows.teacher_ids_U, rows.teacher_lengths
-            columns, eos = torch.arange(pairs.num_pairs, device=first.device), pairs.teacher_eos_E
-        size = softmax.logp_TW.size(0)
-        first_N, ids_n = first[chunk.units] - start, ids[start : start + size]
-        if model == "student":
-            local_n, owned_n = ids_n - shard.start, (ids_n >= shard.start) & (ids_n < shard.start + shard.width)
-        else:
-            local_n = pairs.teacher_column_V[ids_n]
-            owned_n = local_n >= 0
-        shared_NK = softmax.logp_TW.index_select(0, first_N) if len(first_N) < size else softmax.logp_TW
-        shared_NK = shared_NK.index_select(1, columns)
-        lengths_2N = torch.stack([rows.student_lengths[chunk.units], rows.teacher_lengths[chunk.units]])
-        own_N, longer_N = lengths[chunk.units].double(), lengths_2N.amax(0).double()
+    def _student_side(self, softmax: ShardSoftmax, chunk: _Chunk, rows: slice, shard: VocabShard) -> Side:
+        units = self.rows
+        local_n, owned_n = local_ids(units.student_ids_T[rows], shard)
+        at = self._positions(chunk, units.student_first_N, units.unit_of_T[rows], rows.start, units.student_lengths, local_n, owned_n)
+        return Side(softmax, at, self.shard.student_columns_K, self.shard.student_eos_E)
+
+    def _teacher_side(self, softmax: ShardSoftmax, chunk: _Chunk) -> Side:
+        units, rows = self.rows, chunk.teacher
+        column_n = self.shard.teacher_column_V[units.teacher_ids_U[rows]]
+        at = self._positions(chunk, units.teacher_first_N, units.unit_of_U[rows], rows.start, units.teacher_lengths, column_n.clamp(min=0), column_n >= 0)
+        # The teacher's rows on this rank begin with those of its pairs.
+        return Side(softmax, at, torch.arange(self.shard.num_pairs, device=column_n.device), self.shard.teacher_eos_E)
+
+    def _positions(
+        self, chunk: _Chunk, first: torch.Tensor, unit_n: torch.Tensor, start: int, lengths: torch.Tensor, local_n: torch.Tensor, owned_n: torch.Tensor
+    ) -> Positions:
+        own_N = lengths[chunk.units].double()
+        longer_N = torch.maximum(self.rows.student_lengths[chunk.units], self.rows.teacher_lengths[chunk.units]).double()
         alpha_N = {"own_k": 1 / own_N, "sum": torch.ones_like(own_N), "max_k": 1 / longer_N}[self.scoring.span_norm]
-        return _Side(
-            softmax=softmax,
-            first_N=first_N,
-            unit_n=unit[start : start + size] - chunk.units.start,
-            local_n=local_n.clamp(min=0, max=max(shard.width - 1, 0)),
-            owned_n=owned_n,
-            alpha_N=alpha_N.to(first_N.device),
-            has_column_N=rows.has_column_N[chunk.units],
-            columns_K=columns,
-            eos_E=eos,
-            shared_NK=shared_NK,
-            eos_NE=softmax.logp_TW.index_select(0, first_N).index_select(1, eos) if len(eos) else softmax.logp_TW.new_zeros(len(first_N), 0),
-            unmasked_NK=None,
-        )
+        first_N = first[chunk.units] - start
+        return Positions(first_N, unit_n - chunk.units.start, local_n, owned_n, alpha_N.to(first_N.device), self.rows.has_column_N[chunk.units])
 
-    def _mask_(self, ours: _Side, theirs: _Side, chunk: _Chunk, shard: VocabShard) -> None:
+    def _mask_(self, ours: Side, theirs: Side, shard: VocabShard) -> None:
         """Take columns out of rows, the same of both models."""
         if not self.scoring.top_k and not self.scoring.mask_first_token:
             return
@@ -235,50 +190,15 @@ class AlignedObjective:
         if self.scoring.top_k:
             pairs = VocabShard(self.shard.first_pair, self.shard.num_pairs, shard.tp_group)
             ids_NK = top_ids(ours.shared_NK, self.scoring.top_k, pairs) - pairs.start
-            absent_NK.fill_(True)
             row_N1 = torch.arange(len(ids_NK), device=ids_NK.device)[:, None].expand_as(ids_NK)
             here_NK = (ids_NK >= 0) & (ids_NK < pairs.width)
-            absent_NK[row_N1[here_NK], ids_NK[here_NK]] = False
+            absent_NK.fill_(True)[row_N1[here_NK], ids_NK[here_NK]] = False
         if self.scoring.mask_first_token:
-            for side in (ours, theirs):
-                # Which pair's column the first token is, if this rank has it.
-                here_N = side.owned_n[side.first_N] & side.has_column_N
-                is_first_NK = side.local_n[side.first_N][:, None] == side.columns_K[None]
-                absent_NK |= is_first_NK & here_N[:, None]
-        for side in (ours, theirs):
-            side.unmasked_NK = side.shared_NK
-            side.shared_NK = side.shared_NK.masked_fill(absent_NK, _ABSENT)
+            absent_NK |= ours.is_first_token() | theirs.is_first_token()
+        ours.mask_(absent_NK)
+        theirs.mask_(absent_NK)
 
-    def _reduce(self, ours: _Side, theirs: _Side, shard: VocabShard) -> tuple[_Reduced, _Reduced, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return both models' sums over all ranks, the KL's cross term, and the moment of the student's entropy: one MAX and one SUM."""
-        parts = [part for side in (ours, theirs) for part in side.maxima()]
-        maxima = _together(shard.max, parts)
-        own_maxima, their_maxima = maxima[:3], maxima[3:]
-        ours.shift_(*own_maxima)
-        theirs.shift_(*their_maxima)
-        to, weights = (theirs, ours) if self.scoring.kind == "reverse_kl" else (ours, theirs)
-        difference_NK = torch.sub(weights.shared_NK, to.shared_NK)
-        cross_N = (weights.exp_NK * difference_NK).sum(-1)
-        sums = _together(shard.sum, [*ours.sums(), *theirs.sums(), cross_N, ours.softmax.entropy_moment(), ours.owned_n.to(cross_N.dtype)])
-        *both, cross_N, moment_n, owners_n = sums
-        half = len(both) // 2
-        return _reduced(own_maxima, both[:half]), _reduced(their_maxima, both[half:]), cross_N, moment_n, owners_n
-
-    def _columns(self, side: _Side, sums: _Reduced) -> _Columns:
-        """Return the logarithms of one model's columns: replicated arithmetic in fp64, a few numbers a row."""
-        max_n, lse_n = sums.max_n.double(), sums.mass_n.double().log()
-        whole_N = (max_n + lse_n)[side.first_N]
-        logp_n = sums.picked_n.double() - lse_n
-        logp_N = side.scored(logp_n)
-        unit_N = logp_N + whole_N if self.scoring.score == "mean_logprob" else side.scored(sums.picked_n.double() + max_n)
-        nothing_N = torch.full_like(whole_N, -math.inf)
-        unit_N = torch.where(side.has_column_N, unit_N, nothing_N)
-        unit_prob_N = torch.where(side.has_column_N, logp_N, nothing_N).exp()
-        eos_N = sums.eos_max_N.double() + sums.eos_mass_N.double().log() if self.shard.bridges_eos else nothing_N
-        shared_N = sums.shared_max_N.double() + sums.shared_mass_N.double().log()
-        return _Columns(shared_N, unit_N, eos_N, torch.stack([shared_N, unit_N, eos_N]).logsumexp(0), whole_N, unit_prob_N, logp_n[side.first_N].exp())
-
-    def _value(self, ours: _Reduced, theirs: _Reduced, cross_N: torch.Tensor, student_N: _Columns, teacher_N: _Columns) -> torch.Tensor:
+    def _value(self, ours: Reduced, theirs: Reduced, cross_N: torch.Tensor, student_N: Columns, teacher_N: Columns) -> torch.Tensor:
         """Return the KL of every row from the means of log-differences under the distribution that comes first."""
         if self.scoring.kind == "reverse_kl":
             first, second, sums, other = student_N, teacher_N, ours, theirs
@@ -291,7 +211,7 @@ class AlignedObjective:
             mean_N = mean_N + torch.where(one_N == -math.inf, 0, (one_N - first.all_N).exp() * (one_N - two_N))
         return mean_N - first.all_N + second.all_N
 
-    def _kept(self, shared_mass_N: torch.Tensor, teacher_N: _Columns) -> torch.Tensor:
+    def _kept(self, shared_mass_N: torch.Tensor, teacher_N: Columns) -> torch.Tensor:
         """Return which rows have a loss: those whose columns hold enough of the teacher's mass."""
         if not self.scoring.gh_threshold:
             return torch.ones_like(shared_mass_N, dtype=torch.bool)
@@ -299,7 +219,7 @@ class AlignedObjective:
         return mass_N.clamp(max=1) * self.scoring.gh_threshold >= 1
 
     def _gradient(
-        self, ours: _Side, theirs: _Side, sums: _Reduced, other: _Reduced, student_N: _Columns, teacher_N: _Columns, value_N: torch.Tensor, kept_N: torch.Tensor
+        self, ours: Side, theirs: Side, sums: Reduced, other: Reduced, student_N: Columns, teacher_N: Columns, value_N: torch.Tensor, kept_N: torch.Tensor
     ) -> torch.Tensor:
         """Return dL/dz of the student's logits on this rank, in the storage of its exponentials: no collective."""
         dtype = ours.shared_NK.dtype
@@ -321,93 +241,25 @@ class AlignedObjective:
         slope_N = prob_N * (log_ratio_N - value_N) if self.scoring.kind == "reverse_kl" else prob_N - (two_N - all_two_N).exp()
         return torch.where(kept_N & (one_N > -math.inf), slope_N, 0)
 
-    def _spread(self, ours: _Side, sums: _Reduced, grad_NK: torch.Tensor, unit_N: torch.Tensor, eos_N: torch.Tensor) -> torch.Tensor:
+    def _spread(self, ours: Side, sums: Reduced, grad_NK: torch.Tensor, unit_N: torch.Tensor, eos_N: torch.Tensor) -> torch.Tensor:
         """Return the gradient in the logits from that in the columns."""
         dtype, prob_nW = grad_NK.dtype, ours.softmax.prob_TW
-        each_n = (ours.alpha_N * unit_N)[ours.unit_n]
+        each_n = (ours.at.alpha_N * unit_N)[ours.at.unit_n]
         dense_n = torch.zeros_like(each_n)
         if self.scoring.score == "mean_logprob":
             dense_n = -each_n
-            dense_n[ours.first_N] += unit_N
+            dense_n[ours.at.first_N] += unit_N
         grad_nW = prob_nW.mul_((dense_n / sums.mass_n.double()).to(dtype)[:, None])
-        if len(ours.first_N) == len(grad_nW):
+        if len(ours.at.first_N) == len(grad_nW):
             grad_nW.index_add_(1, ours.columns_K, grad_NK)
         else:
-            grad_nW[ours.first_N] = grad_nW[ours.first_N].index_add_(1, ours.columns_K, grad_NK)
+            grad_nW[ours.at.first_N] = grad_nW[ours.at.first_N].index_add_(1, ours.columns_K, grad_NK)
         if grad_nW.size(1):
-            grad_nW.scatter_add_(1, ours.local_n[:, None], torch.where(ours.owned_n, each_n, 0).to(dtype)[:, None])
+            grad_nW.scatter_add_(1, ours.at.local_n[:, None], torch.where(ours.at.owned_n, each_n, 0).to(dtype)[:, None])
         if ours.eos_NE.size(1):
             grad_NE = ours.eos_NE.exp() * (eos_N / sums.eos_mass_N.double()).to(dtype)[:, None]
-            grad_nW[ours.first_N[:, None], ours.eos_E[None]] += grad_NE
+            grad_nW[ours.at.first_N[:, None], ours.eos_E[None]] += grad_NE
         return grad_nW
-
-
-@dataclass
-class _Side:
-    """One model in one chunk, on this rank: its logits, which become exponentials, and copies of those in shared columns at the units' first positions."""
-
-    softmax: ShardSoftmax
-    first_N: torch.Tensor
-    unit_n: torch.Tensor
-    local_n: torch.Tensor
-    owned_n: torch.Tensor
-    alpha_N: torch.Tensor
-    has_column_N: torch.Tensor
-    columns_K: torch.Tensor
-    eos_E: torch.Tensor
-    shared_NK: torch.Tensor
-    eos_NE: torch.Tensor
-    # Before columns were taken out; None where none were.
-    unmasked_NK: torch.Tensor | None
-    exp_NK: torch.Tensor = field(init=False)
-    picked_n: torch.Tensor = field(init=False)
-    unmasked_mass_N: torch.Tensor = field(init=False)
-
-    def maxima(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.softmax.local_max(), _row_max(self.shared_NK), _row_max(self.eos_NE)
-
-    def shift_(self, max_n: torch.Tensor, shared_max_N: torch.Tensor, eos_max_N: torch.Tensor) -> None:
-        """Subtract the maxima over all ranks and exponentiate."""
-        logits_nW = self.softmax.logp_TW
-        picked_n = logits_nW.gather(1, self.local_n[:, None]).squeeze(1) - max_n if logits_nW.size(1) else torch.zeros_like(max_n)
-        self.picked_n = torch.where(self.owned_n, picked_n, 0)
-        self.unmasked_mass_N = torch.empty(0)
-        if self.unmasked_NK is not None:
-            self.unmasked_mass_N = (self.unmasked_NK - max_n[self.first_N][:, None]).exp().sum(-1)
-        self.softmax.shift_(max_n)
-        self.shared_NK.sub_(_finite(shared_max_N)[:, None])
-        self.exp_NK = self.shared_NK.exp()
-        self.eos_NE.sub_(_finite(eos_max_N)[:, None])
-        if self.unmasked_NK is None:
-            # Relative to the whole vocabulary's maximum.
-            self.unmasked_mass_N = self.exp_NK.sum(-1) * (shared_max_N - max_n[self.first_N]).exp()
-
-    def scored(self, value_n: torch.Tensor) -> torch.Tensor:
-        """Return alpha times the sum over each unit's positions."""
-        return self.alpha_N * torch.zeros_like(self.alpha_N).index_add_(0, self.unit_n, value_n)
-
-    def sums(self) -> list[torch.Tensor]:
-        return [self.softmax.mass(), self.picked_n, self.exp_NK.sum(-1), self.unmasked_mass_N, self.eos_NE.exp().sum(-1)]
-
-
-def _reduced(maxima: list[torch.Tensor], sums: list[torch.Tensor]) -> _Reduced:
-    max_n, shared_max_N, eos_max_N = maxima
-    mass_n, picked_n, shared_mass_N, unmasked_mass_N, eos_mass_N = sums
-    # Maxima over nothing were not subtracted.
-    return _Reduced(max_n, mass_n, picked_n, _finite(shared_max_N), shared_mass_N, unmasked_mass_N, _finite(eos_max_N), eos_mass_N)
-
-
-def _row_max(value_NK: torch.Tensor) -> torch.Tensor:
-    return value_NK.amax(-1) if value_NK.size(1) else value_NK.new_full((len(value_NK),), -math.inf)
-
-
-def _finite(max_N: torch.Tensor) -> torch.Tensor:
-    return max_N.masked_fill(max_N == -math.inf, 0)
-
-
-def _together(reduce: Callable[..., tuple[torch.Tensor, ...]], parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Reduce vectors of different lengths in one collective."""
-    return list(reduce(torch.cat(parts))[0].split([len(part) for part in parts]))
 
 
 def _at(first_N: torch.Tensor, value_N: torch.Tensor, like_nW: torch.Tensor, elsewhere: float) -> torch.Tensor:
