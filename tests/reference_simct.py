@@ -98,3 +98,87 @@ def relative_error(ours, exact):
 
 
 HAND_UNEQUAL = math.log(0.04), math.log(0.04) / 2
+
+
+def naive_uld(student_TV, teacher_TV, *, top_k=0):
+    """Return sum over ranks of the differences of sorted probabilities; with `top_k`, of the highest, and of what is left of each model."""
+    size = max(student_TV.size(1), teacher_TV.size(1))
+    student, teacher = (torch.nn.functional.pad(logits.softmax(-1), (0, size - logits.size(1))) for logits in (student_TV, teacher_TV.detach()))
+    student, teacher = (probs.sort(-1, descending=True).values for probs in (student, teacher))
+    if top_k and top_k < size:
+        student, teacher = (torch.cat([probs[:, :top_k], probs[:, top_k:].sum(-1, keepdim=True)], -1) for probs in (student, teacher))
+    return (student - teacher).abs().sum(-1)
+
+
+def one_token_each(case):
+    """Return the case with its units cut to their first tokens."""
+    tensors, units, student_ids, teacher_ids, pairs, _ = case
+    first = [(a, c) for a, _, c, _ in units]
+    tensors = [tensors[0][[a for a, _ in first]], tensors[1], tensors[2][[c for _, c in first]], tensors[3]]
+    units = [(place, place + 1, place, place + 1) for place in range(len(first))]
+    return tensors, units, [student_ids[a] for a, _ in first], [teacher_ids[c] for _, c in first], pairs, [False] * len(first)
+
+
+def rows_of(case):
+    """Return the library's form of a case's units."""
+    from opd_megatron.align.rows import UnitRows
+
+    _, units, student_ids, teacher_ids, _, has_column = case
+    table = torch.tensor(units, dtype=torch.long).reshape(-1, 4)
+    return UnitRows(
+        student_stops=table[:, 1],
+        teacher_stops=table[:, 3],
+        student_ids_T=torch.tensor(student_ids, dtype=torch.long),
+        teacher_ids_U=torch.tensor(teacher_ids, dtype=torch.long),
+        has_column_N=torch.tensor(has_column, dtype=torch.bool),
+        is_end_N=torch.arange(len(units)) == len(units) - 1,
+    )
+
+
+def vocabulary_of(case, eos=None):
+    """Return the library's form of a case's shared vocabulary; `eos` are the ends that are one column."""
+    from opd_megatron.align.vocabulary import SharedVocabulary
+
+    (_, student_head, _, teacher_head), _, _, _, pairs, _ = case
+    student_ids, teacher_ids = (torch.tensor([pair[side] for pair in pairs], dtype=torch.long) for side in (0, 1))
+    ends = {"eos": "bridge", "student_eos": eos[0], "teacher_eos": eos[1]} if eos else {}
+    return SharedVocabulary(student_ids, teacher_ids, len(student_head), len(teacher_head), **ends)
+
+
+def exact(case, *, weight_N=None, loss=naive_simct, temperature=1.0, **options):
+    """Return losses, and the weighted sum's gradients of the student's hidden states and head, in fp64."""
+    (hidden, head, teacher_hidden, teacher_head), units, student_ids, teacher_ids, pairs, has_column = case
+    hidden, head = hidden.double().clone().requires_grad_(), head.double().clone().requires_grad_()
+    logits = hidden @ head.T / temperature, teacher_hidden.double() @ teacher_head.double().T / temperature
+    if loss is naive_simct:
+        loss_N = naive_simct(*logits, units, student_ids, teacher_ids, pairs, has_column=has_column, **options)
+    else:
+        loss_N = loss(*logits, **options)
+    (loss_N if weight_N is None else loss_N * weight_N.double()).sum().backward()
+    return loss_N.detach(), hidden.grad, head.grad
+
+
+# What the library and the reference call alike; `eos` are the ends of both models that are one column.
+OPTIONS = (
+    {},
+    {"kind": "forward_kl"},
+    {"score": "raw_logit"},
+    {"score": "raw_logit", "kind": "forward_kl", "span_norm": "max_k"},
+    {"span_norm": "sum"},
+    {"mask_first_token": True},
+    {"gh_threshold": 2.0},
+    {"gh_threshold": 1.4, "score": "raw_logit"},
+    {"top_k": 3},
+    {"top_k": 4, "mask_first_token": True, "kind": "forward_kl"},
+    {"eos": ((1, 2), (3, 4, 5))},
+    {"eos": ((1, 2), (3,)), "kind": "forward_kl", "gh_threshold": 1.7},
+)
+
+
+def case_for(options, seed, **sizes):
+    """Return a random case; ends that are one column are in no pair."""
+    case = list(random_case(seed, **sizes))
+    if "eos" in options:
+        student_ends, teacher_ends = options["eos"]
+        case[4] = [pair for pair in case[4] if pair[0] not in student_ends and pair[1] not in teacher_ends]
+    return tuple(case)

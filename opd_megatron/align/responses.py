@@ -58,11 +58,12 @@ class AlignedResponse:
 
 
 class _Units(NamedTuple):
-    """Stops of consecutive units of one stretch of text, and the bytes that both tokenizations write."""
+    """Stops of consecutive units of one stretch of text, the bytes that both tokenizations write, and whether they agree to the end."""
 
     student_stops: np.ndarray
     teacher_stops: np.ndarray
     num_common_bytes: int
+    agrees: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class ResponseAligner:
             start: tuple[int, int] | None = (len(body), len(teacher_ids))
             if self.units == "released" and parts and parts[-1][0][1] == len(body):
                 start = (first + max(found.student_stops, default=0), offset[2] + max(found.teacher_stops, default=0))
-                start = start if found.num_common_bytes == len(text) else None
+                start = start if found.agrees else None
             spans_N4 = self._with_end(spans_N4, ids, teacher_ids, start)
         if self.kind == "uld":
             places = np.arange(min(len(ids), len(teacher_ids)))
@@ -131,12 +132,13 @@ class ResponseAligner:
         teacher_text = self.teacher.text_bytes(encoded)
         num_common = common_prefix(text, teacher_text)
         if self.boundaries == "decoded_text":
-            stops = _stops_of(released_units(_decoded(self.student, ids.tolist()), _decoded(self.teacher, encoded.ids), **_NO_ENDS, tail=self.tail))
-        else:
-            stops = common_boundaries(self.student.lengths[ids], encoded.lengths, num_common)
-            if self.units == "released":
-                stops = coarsen_to_anchors(*stops, self.tail)
-        return _Units(*stops, num_common)
+            ours, theirs = _decoded(self.student, ids.tolist()), _decoded(self.teacher, encoded.ids)
+            stops = _stops_of(released_units(ours, theirs, student_eos=False, teacher_eos=False, tail=self.tail))
+            return _Units(*stops, num_common, "".join(ours) == "".join(theirs))
+        stops = common_boundaries(self.student.lengths[ids], encoded.lengths, num_common)
+        if self.units == "released":
+            stops = coarsen_to_anchors(*stops, self.tail)
+        return _Units(*stops, num_common, text == teacher_text)
 
     def _with_end(self, spans_N4: np.ndarray, ids: np.ndarray, teacher_ids: list[int], start: tuple[int, int] | None) -> np.ndarray:
         """Let the teacher read the end of the response, and return the units with one for it from `start` on, unless ends are not compared."""
@@ -167,9 +169,6 @@ class ResponseAligner:
         counts.ends_compared = int(counts.ended and (spans_N4[rows_N, 1] == len(ids)).any())
         counts.unaligned_responses = int(not rows_N.any())
         return AlignedResponse(teacher_ids, spans_N4[rows_N], has_column_N[rows_N], ends_N[rows_N], counts)
-
-
-_NO_ENDS = {"student_eos": False, "teacher_eos": False}
 
 
 def _between(units: _Units) -> np.ndarray:

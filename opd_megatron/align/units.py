@@ -136,7 +136,7 @@ def released_units(
         student_ahead, teacher_ahead = student_ahead[len(teacher_ahead) :], teacher_ahead[len(student_ahead) :]
         if not student_ahead and not teacher_ahead:
             last_i, last_j = i, j
-    if tail == "keep" and last_i > start_i and last_j > start_j:
+    if tail == "keep" and last_i > start_i:
         units.append(Unit(start_i, last_i, start_j, last_j))
     return units
 

@@ -7,7 +7,7 @@ by strings, as SimCT's released code pairs them (commit 4dae6fc), they are not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +58,7 @@ class SharedVocabulary:
     def _teacher_id_of(self) -> np.ndarray:
         """The teacher's id of every student id [student_size], -1 where there is none."""
         table = np.full(self.student_size, -1, np.int64)
-        table[self.student_ids_K.numpy()] = self.teacher_ids_K.numpy()
+        table[self.student_ids_K.cpu().numpy()] = self.teacher_ids_K.cpu().numpy()
         return table
 
     def is_pair(self, student_ids: Sequence[int] | np.ndarray, teacher_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ def shared_vocabulary(
             raise ValueError(
                 f"the {role}'s ends of sequence {list(ends)} are not all among its tokenizer's {len(pieces.pieces)} ids; these are another model's"
             )
-    read = _by_bytes if match == "bytes" else _by_string
+    read: Callable[[BytePieces, set[int]], dict[Any, int]] = _by_bytes if match == "bytes" else _by_string
     student_id_of, teacher_id_of = read(student, set(student_eos)), read(teacher, set(teacher_eos))
     pairs = [(index, teacher_id_of[text]) for text, index in student_id_of.items() if text in teacher_id_of]
     if not pairs:

@@ -6,13 +6,14 @@ Shapes: T scored positions, H student hidden, G teacher hidden, W this rank's sl
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.align.rows import PairedShard, UnitRows
 from opd_megatron.align.simct import AlignedObjective, Scoring, simct_divergence
+from opd_megatron.align.uld import UniversalObjective, uld_divergence
 from opd_megatron.config import AlignmentConfig, LossConfig
 from opd_megatron.data.batches import TokenBatch
 from opd_megatron.losses.class_divergence import SAMPLED_KINDS, TOP_K_KINDS
@@ -139,27 +140,28 @@ class AlignedDistillation:
     shard: PairedShard
     tp_group: dist.ProcessGroup
     teacher_head_CG: torch.Tensor | None
-    observes: ClassVar[tuple[str, ...]] = AlignedObjective.observes
+
+    @property
+    def observes(self) -> tuple[str, ...]:
+        """What the results tell of a row besides, by name."""
+        return UniversalObjective.observes if self.alignment.kind == "uld" else AlignedObjective.observes
 
     def __call__(self, hidden_TH: torch.Tensor, head_WH: torch.Tensor, micro_batch: MicroBatch) -> FusedDivergence:
         units = micro_batch.units
         assert units is not None, "samples were aligned"
         assert self.teacher_head_CG is not None
         assert micro_batch.teacher_hidden_TG is not None, "scores arrive on the last stage"
-        return simct_divergence(
-            hidden_TH,
-            head_WH,
-            micro_batch.teacher_hidden_TG,
-            self.teacher_head_CG,
-            units,
-            self.shard,
-            scoring=self._scoring,
-            tp_group=self.tp_group,
-            unit_weight_N=self._weights(units, micro_batch),
-            temperature=self.loss.temperature,
-            chunk_tokens=self.loss.chunk_tokens,
-            accumulate_main_grad=_accumulates(head_WH),
-        )
+        models = (hidden_TH, head_WH, micro_batch.teacher_hidden_TG, self.teacher_head_CG)
+        options: dict[str, Any] = {
+            "tp_group": self.tp_group,
+            "unit_weight_N": self._weights(units, micro_batch),
+            "temperature": self.loss.temperature,
+            "chunk_tokens": self.loss.chunk_tokens,
+            "accumulate_main_grad": _accumulates(head_WH),
+        }
+        if self.alignment.kind == "uld":
+            return uld_divergence(*models, units, self.shard, top_k=self.alignment.top_k, **options)
+        return simct_divergence(*models, units, self.shard, scoring=self._scoring, **options)
 
     @property
     def _scoring(self) -> Scoring:

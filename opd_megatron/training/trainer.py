@@ -202,6 +202,6 @@ def _unit_metrics(sums: LossSums) -> dict[str, float]:
     """Return what the teacher thinks of the columns it is compared on; nothing where both models have the same."""
     if "covered" not in sums.observed:
         return {}
-    means = {"teacher_shared_mass": sums.observed["shared_mass"].mean, "teacher_eos_mass": sums.observed["eos_mass"].mean}
     covered = sums.observed["covered"]
+    means = {f"teacher_{key}": sums.observed[key].mean for key in ("shared_mass", "eos_mass") if key in sums.observed}
     return {"uncovered_units": covered.rows - covered.total, **{key: mean for key, mean in means.items() if math.isfinite(mean)}}

@@ -6,6 +6,7 @@ Not covered: released vocabularies other than mistral-common's, which the suite 
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,12 @@ def test_special_tokens_within_text_are_text() -> None:
 
 def test_added_tokens_that_are_not_special_are_what_they_say() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(byte_level_bpe(512).backend_tokenizer.to_str()), eos_token=EOS)
-    added = ["<think>", " é→ ", "日本", "<|hidden|>"]
+    # Each letter of "naïve" is also GPT-2's letter for some byte.
+    added = ["<think>", " é→ ", "naïve", "<|hidden|>"]
     tokenizer.add_tokens([AddedToken(content, special=content == "<|hidden|>", normalized=False) for content in added])
     pieces = BytePieces.of(tokenizer)
-    assert [pieces.pieces[tokenizer.convert_tokens_to_ids(content)] for content in added] == [b"<think>", " é→ ".encode(), "日本".encode(), None]
-    text = "a<think>b é→ c日本d<|hidden|>"
+    assert [pieces.pieces[tokenizer.convert_tokens_to_ids(content)] for content in added] == [b"<think>", " é→ ".encode(), "naïve".encode(), None]
+    text = "a<think>b é→ cnaïved<|hidden|>"
     encoded = pieces.encode_many([text])[0]
     assert pieces.text_bytes(encoded) == text.encode()
     assert [tokenizer.convert_tokens_to_ids(content) in encoded.ids for content in added] == [True, True, True, False]
@@ -194,6 +196,16 @@ def test_prefix_space_of_a_byte_level_tokenizer_is_taken_off_too() -> None:
     encoded = pieces.encode_many(["word"])[0]
     assert pieces.join(encoded.ids) == b" word"
     assert pieces.text_bytes(encoded) == b"word"
+
+
+def test_a_prefix_space_is_taken_off_what_a_normalizer_changed_too() -> None:
+    tokenizer = Tokenizer.from_str(sentencepiece_like(prefix_space=True).backend_tokenizer.to_str())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), tokenizer.normalizer])
+    pieces = BytePieces.of(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert len(check_lossless("student", pieces)) == 1
+    texts = ["e\u0301 word", " e\u0301 word"]
+    for text, encoded in zip(texts, pieces.encode_many(texts)):
+        assert pieces.text_bytes(encoded) == unicodedata.normalize("NFC", text).encode()
 
 
 def mistral(name: str, folder: Path):

@@ -243,6 +243,14 @@ def test_the_released_aligner_is_its_rule_with_whole_histories(both_end: bool) -
     assert lost > 100
 
 
+def test_decoded_halves_of_a_character_match_falsely_and_then_nothing_does() -> None:
+    student, teacher = [b"\xf0\x9f", b"\x98", b"\x80", b" x"], [b"\xf0", b"\x9f\x98\x80", b" x"]
+    decoded = [[piece.decode(errors="replace") for piece in pieces] for pieces in (student, teacher)]
+    # One U+FFFD for the first two bytes as for the first alone; then two against three, and the texts differ for good.
+    assert released_units(*decoded, student_eos=False, teacher_eos=False, tail="keep") == [Unit(0, 1, 0, 1)]
+    assert minimal_aligned_units(student, teacher) == [Unit(0, 3, 0, 2), Unit(3, 4, 2, 3)]
+
+
 @pytest.mark.parametrize("tail", ["drop", "keep"])
 def test_released_units_by_bytes_are_minimal_units_up_to_anchors(tail: str) -> None:
     for student, teacher in random_pairs(3000, 16):
