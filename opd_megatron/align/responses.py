@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -41,28 +41,36 @@ class UnitCounts:
     ended: int = 0
     ends_compared: int = 0
 
-    def add(self, other: UnitCounts) -> None:
-        for name in (entry.name for entry in fields(self)):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+    def __add__(self, other: UnitCounts) -> UnitCounts:
+        return UnitCounts(**{entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)})
 
 
 @dataclass(frozen=True)
-class AlignedResponse:
-    """The teacher's tokens of one response, and the N units that have a loss, [student start, student stop, teacher start, teacher stop] each."""
+class AlignedResponses:
+    """The teacher's tokens of B responses, one response after another, and the N units that have a loss.
+
+    `spans_N4` are [student start, student stop, teacher start, teacher stop] within the response; `num_teacher_tokens_B` and `num_units_B` say what is whose.
+    """
 
     teacher_ids: np.ndarray
+    num_teacher_tokens_B: np.ndarray
     spans_N4: np.ndarray
     has_column_N: np.ndarray
     is_end_N: np.ndarray
+    num_units_B: np.ndarray
     counts: UnitCounts
 
 
-class _Units(NamedTuple):
-    """Stops of consecutive units of one stretch of text, the bytes that both tokenizations write, and whether they agree to the end."""
+@dataclass(frozen=True)
+class _Stretch:
+    """Text of one response between special tokens: tokens [first, stop), its bytes, the teacher's tokens of it, and how many of its tokens come before."""
 
-    student_stops: np.ndarray
-    teacher_stops: np.ndarray
-    num_common_bytes: int
+    response: int
+    first: int
+    stop: int
+    text: bytes
+    encoded: EncodedText
+    teacher_first: int
     agrees: bool
 
 
@@ -83,103 +91,172 @@ class ResponseAligner:
     boundaries: Literal["bytes", "decoded_text"] = "bytes"
     oov_unit: Literal["column", "none"] = "column"
 
-    def align(self, responses: Sequence[np.ndarray], finished: Sequence[bool], rooms: Sequence[int]) -> list[AlignedResponse]:
-        """Return each response [R] as the teacher reads it, in at most `rooms` tokens; all texts are tokenized in one call."""
-        bodies = [ids[: len(ids) - self._ends(ids, done)] for ids, done in zip(responses, finished)]
-        stretches = [self._stretches(body) for body in bodies]
-        texts = [self.student.join(body[first:stop].tolist()) for body, parts in zip(bodies, stretches) for first, stop in parts]
-        encoded = iter(zip(texts, self.teacher.encode_many([text.decode("utf-8", "replace") for text in texts])))
-        return [
-            self._one(ids, body, [(span, *next(encoded)) for span in parts], room)
-            for ids, body, parts, room in zip(responses, bodies, stretches, rooms, strict=True)
-        ]
-
-    def _ends(self, ids: np.ndarray, finished: bool) -> bool:
-        return bool(finished and len(ids) and int(ids[-1]) in self.student_ends)
-
-    def _stretches(self, body: np.ndarray) -> list[tuple[int, int]]:
-        """Return the stretches of text between special tokens, without empty ones."""
-        walls = [-1, *np.flatnonzero(self.student.lengths[body] == 0).tolist(), len(body)]
-        return [(before + 1, wall) for before, wall in itertools.pairwise(walls) if wall > before + 1]
-
-    def _one(self, ids: np.ndarray, body: np.ndarray, parts: list[tuple[tuple[int, int], bytes, EncodedText]], room: int) -> AlignedResponse:
-        counts = UnitCounts(responses=1, student_tokens=len(ids), special_tokens=len(body) - sum(stop - first for (first, stop), _, _ in parts))
-        teacher_ids: list[int] = []
-        spans: list[np.ndarray] = [np.zeros((0, 4), np.int64)]
-        for (first, stop), text, encoded in parts:
-            found = self._units(body[first:stop], text, encoded)
-            offset = [first, first, len(teacher_ids), len(teacher_ids)]
-            spans.append(_between(found) + offset)
-            teacher_ids += encoded.ids
-            counts.text_bytes += len(text)
-            counts.lost_bytes += len(text) - found.num_common_bytes
-        spans_N4 = np.concatenate(spans)
-        if len(body) < len(ids):
-            counts.ended = 1
-            # Where the last unit ends; the released aligner folds what is behind it into the end.
-            start: tuple[int, int] | None = (len(body), len(teacher_ids))
-            if self.units == "released" and parts and parts[-1][0][1] == len(body):
-                start = (first + max(found.student_stops, default=0), offset[2] + max(found.teacher_stops, default=0))
-                start = start if found.agrees else None
-            spans_N4 = self._with_end(spans_N4, ids, teacher_ids, start)
+    def align(self, responses: Sequence[np.ndarray], finished: Sequence[bool], rooms: Sequence[int]) -> AlignedResponses:
+        """Return each response [R] as the teacher reads it, in at most `rooms` tokens. All texts are tokenized in one call; most arrays are of all units."""
+        ended = [bool(done and len(ids) and int(ids[-1]) in self.student_ends) for ids, done in zip(responses, finished, strict=True)]
+        stretches = self._stretches(responses, ended)
+        counts = UnitCounts(responses=len(responses), student_tokens=sum(map(len, responses)), ended=sum(ended))
+        counts.special_tokens = counts.student_tokens - counts.ended - sum(part.stop - part.first for part in stretches)
+        counts.text_bytes = sum(len(part.text) for part in stretches)
+        teacher_ids: list[list[int]] = [[] for _ in responses]
+        for part in stretches:
+            teacher_ids[part.response] += part.encoded.ids
+        response_N, spans_N4 = self._units(responses, stretches, counts)
+        if self.vocabulary.eos != "skip" and self.vocabulary.teacher_eos_id is not None:
+            response_N, spans_N4 = self._with_ends(responses, ended, stretches, teacher_ids, response_N, spans_N4)
         if self.kind == "uld":
-            places = np.arange(min(len(ids), len(teacher_ids)))
-            spans_N4 = np.stack([places, places + 1, places, places + 1], 1)
-        return self._rows(ids, np.array(teacher_ids, np.int64), spans_N4, room, counts)
+            shorter = [min(len(ids), len(theirs)) for ids, theirs in zip(responses, teacher_ids)]
+            places = np.concatenate([np.arange(0), *map(np.arange, shorter)])
+            response_N, spans_N4 = np.repeat(np.arange(len(responses)), shorter), np.stack([places, places + 1, places, places + 1], 1)
+        return self._rows(responses, ended, teacher_ids, np.asarray(rooms, np.int64), response_N, spans_N4, counts)
 
-    def _units(self, ids: np.ndarray, text: bytes, encoded: EncodedText) -> _Units:
-        """Return the units of one stretch of text."""
-        teacher_text = self.teacher.text_bytes(encoded)
-        num_common = common_prefix(text, teacher_text)
+    def _stretches(self, responses: Sequence[np.ndarray], ended: Sequence[bool]) -> list[_Stretch]:
+        """Return the text between special tokens, without empty stretches, and what the teacher makes of it."""
+        spans = []
+        for response, (ids, end) in enumerate(zip(responses, ended)):
+            body = ids[: len(ids) - end]
+            walls = [-1, *np.flatnonzero(self.student.lengths[body] == 0).tolist(), len(body)]
+            spans += [(response, before + 1, wall) for before, wall in itertools.pairwise(walls) if wall > before + 1]
+        texts = [self.student.join(responses[response][first:stop].tolist()) for response, first, stop in spans]
+        stretches, read = [], [0] * len(responses)
+        for (response, first, stop), text, encoded in zip(spans, texts, self.teacher.encode_many([text.decode("utf-8", "replace") for text in texts])):
+            agrees = self.teacher.text_bytes(encoded) == text
+            stretches.append(_Stretch(response, first, stop, text, encoded, read[response], agrees))
+            read[response] += len(encoded.ids)
+        return stretches
+
+    def _units(self, responses: Sequence[np.ndarray], stretches: Sequence[_Stretch], counts: UnitCounts) -> tuple[np.ndarray, np.ndarray]:
+        """Return the units of all stretches, in their order, and the response of each."""
+        together = [part for part in stretches if part.agrees and self.units == "minimal"]
+        found = [_pooled_units([self.student.lengths[responses[part.response][part.first : part.stop]] for part in together], together)]
+        for part in stretches:
+            if not (part.agrees and self.units == "minimal"):
+                student_stops, teacher_stops, num_common = self._units_of(responses[part.response][part.first : part.stop], part)
+                counts.lost_bytes += len(part.text) - num_common
+                starts = [np.concatenate([[0], stops[:-1]]) if len(stops) else stops for stops in (student_stops, teacher_stops)]
+                spans_N4 = np.stack([starts[0], student_stops, starts[1], teacher_stops], 1)
+                offset = [part.first, part.first, part.teacher_first, part.teacher_first]
+                found.append((np.full(len(spans_N4), part.response), spans_N4 + offset))
+        return _in_order(*(np.concatenate(arrays) for arrays in zip(*found)))
+
+    def _units_of(self, ids: np.ndarray, part: _Stretch) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return the stops of one stretch's units in both models' tokens, and the bytes that both write."""
+        num_common = common_prefix(part.text, self.teacher.text_bytes(part.encoded))
         if self.boundaries == "decoded_text":
-            ours, theirs = _decoded(self.student, ids.tolist()), _decoded(self.teacher, encoded.ids)
-            stops = _stops_of(released_units(ours, theirs, student_eos=False, teacher_eos=False, tail=self.tail))
-            return _Units(*stops, num_common, "".join(ours) == "".join(theirs))
-        stops = common_boundaries(self.student.lengths[ids], encoded.lengths, num_common)
+            units = released_units(_decoded(self.student, ids.tolist()), _decoded(self.teacher, part.encoded.ids), **_NO_ENDS, tail=self.tail)
+            table = np.array(units, np.int64).reshape(-1, 4)
+            return table[:, 1], table[:, 3], num_common
+        stops = common_boundaries(self.student.lengths[ids], part.encoded.lengths, num_common)
         if self.units == "released":
             stops = coarsen_to_anchors(*stops, self.tail)
-        return _Units(*stops, num_common, text == teacher_text)
+        return *stops, num_common
 
-    def _with_end(self, spans_N4: np.ndarray, ids: np.ndarray, teacher_ids: list[int], start: tuple[int, int] | None) -> np.ndarray:
-        """Let the teacher read the end of the response, and return the units with one for it from `start` on, unless ends are not compared."""
-        end, skipped = self.vocabulary.teacher_eos_id, self.vocabulary.eos == "skip"
-        if skipped or end is None:
-            return spans_N4
-        teacher_ids.append(end)
-        known = self.vocabulary.eos == "bridge" or bool(self.vocabulary.is_pair(ids[-1:], np.array([end]))[0])
-        if not known or start is None:
-            return spans_N4
-        return np.concatenate([spans_N4, [[start[0], len(ids), start[1], len(teacher_ids)]]])
+    def _with_ends(
+        self,
+        responses: Sequence[np.ndarray],
+        ended: Sequence[bool],
+        stretches: Sequence[_Stretch],
+        teacher_ids: list[list[int]],
+        response_N: np.ndarray,
+        spans_N4: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Let the teacher read the ends of responses, and return the units with those of ends that are compared."""
+        end_id = self.vocabulary.teacher_eos_id
+        last = {part.response: part for part in stretches}
+        where, ends = [], []
+        for response in np.flatnonzero(ended).tolist():
+            ids, theirs = responses[response], teacher_ids[response]
+            theirs.append(int(end_id or 0))
+            start: tuple[int, int] | None = (len(ids) - 1, len(theirs) - 1)
+            part = last.get(response)
+            if self.units == "released" and part is not None and part.stop == len(ids) - 1:
+                start = self._open_tail(ids, part, spans_N4[response_N == response])
+            if start is not None and (self.vocabulary.eos == "bridge" or self.vocabulary.is_pair(ids[-1:], theirs[-1:])[0]):
+                where.append(response)
+                ends.append((start[0], len(ids), start[1], len(theirs)))
+        if not ends:
+            return response_N, spans_N4
+        return _in_order(np.concatenate([response_N, where]), np.concatenate([spans_N4, ends]))
 
-    def _rows(self, ids: np.ndarray, teacher_ids: np.ndarray, spans_N4: np.ndarray, room: int, counts: UnitCounts) -> AlignedResponse:
+    def _open_tail(self, ids: np.ndarray, part: _Stretch, spans_N4: np.ndarray) -> tuple[int, int] | None:
+        """Return from where on the released aligner folds text into the end, after the last unit of the last stretch; None where it has lost its way."""
+        if self.boundaries == "decoded_text":
+            agrees = "".join(_decoded(self.student, ids[part.first : part.stop].tolist())) == "".join(_decoded(self.teacher, part.encoded.ids))
+        else:
+            agrees = part.agrees
+        if not agrees:
+            return None
+        within = spans_N4[spans_N4[:, 0] >= part.first]
+        return (int(within[-1, 1]), int(within[-1, 3])) if len(within) else (part.first, part.teacher_first)
+
+    def _rows(
+        self,
+        responses: Sequence[np.ndarray],
+        ended: Sequence[bool],
+        teacher_ids: Sequence[Sequence[int]],
+        rooms_B: np.ndarray,
+        response_N: np.ndarray,
+        spans_N4: np.ndarray,
+        counts: UnitCounts,
+    ) -> AlignedResponses:
         """Keep the units that the kind compares and the teacher has room for, and count."""
-        counts.teacher_tokens, counts.cut_tokens = len(teacher_ids), max(0, len(teacher_ids) - room)
-        teacher_ids = teacher_ids[:room]
-        spans_N4 = spans_N4[spans_N4[:, 3] <= len(teacher_ids)]
+        num_read_B, num_written_B = np.array(list(map(len, teacher_ids)), np.int64), np.array(list(map(len, responses)), np.int64)
+        num_kept_B = np.minimum(num_read_B, np.maximum(rooms_B, 0))
+        fits_N = spans_N4[:, 3] <= num_kept_B[response_N]
+        response_N, spans_N4 = response_N[fits_N], spans_N4[fits_N]
         lengths_N, teacher_lengths_N = spans_N4[:, 1] - spans_N4[:, 0], spans_N4[:, 3] - spans_N4[:, 2]
         single_N = (lengths_N == 1) & (teacher_lengths_N == 1)
-        ends_N = single_N & (spans_N4[:, 1] == (len(ids) if counts.ended else -1))
-        pair_N = single_N & self.vocabulary.is_pair(ids[spans_N4[:, 0]], teacher_ids[spans_N4[:, 2]])
-        counts.units, counts.multi_token_units = len(spans_N4), int((~single_N).sum())
-        counts.one_to_one_tokens = int(pair_N.sum())
-        counts.longer_tokens, counts.longer_responses = int(np.maximum(lengths_N, teacher_lengths_N).sum()), max(len(ids), len(teacher_ids))
-        rows_N = pair_N | (ends_N if self.vocabulary.eos == "bridge" else False) if self.kind == "strict" else np.ones(len(spans_N4), bool)
-        has_column_N = ~pair_N & ~ends_N & (~single_N | (self.oov_unit == "column")) if self.kind == "simct" else np.zeros(len(spans_N4), bool)
-        counts.covered_tokens = int(lengths_N[rows_N].sum())
-        counts.ends_compared = int(counts.ended and (spans_N4[rows_N, 1] == len(ids)).any())
-        counts.unaligned_responses = int(not rows_N.any())
-        return AlignedResponse(teacher_ids, spans_N4[rows_N], has_column_N[rows_N], ends_N[rows_N], counts)
+        at_end_N = np.asarray(ended, bool)[response_N] & (spans_N4[:, 1] == num_written_B[response_N])
+        read = np.fromiter(itertools.chain.from_iterable(teacher_ids), np.int64, int(num_read_B.sum()))
+        written = np.concatenate([np.zeros(0, np.int64), *responses])
+        places_N = (num_written_B.cumsum() - num_written_B)[response_N] + spans_N4[:, 0]
+        their_places_N = (num_read_B.cumsum() - num_read_B)[response_N] + spans_N4[:, 2]
+        pair_N = single_N & self.vocabulary.is_pair(written[places_N], read[their_places_N])
+        is_end_N = at_end_N & single_N
+        counts.teacher_tokens, counts.cut_tokens = int(num_read_B.sum()), int((num_read_B - num_kept_B).sum())
+        counts.units, counts.multi_token_units, counts.one_to_one_tokens = len(spans_N4), int((~single_N).sum()), int(pair_N.sum())
+        counts.longer_tokens = int(np.maximum(lengths_N, teacher_lengths_N).sum())
+        counts.longer_responses = int(np.maximum(num_written_B, num_read_B).sum())
+        rows_N = np.ones(len(spans_N4), bool)
+        if self.kind == "strict":
+            rows_N = pair_N | (is_end_N if self.vocabulary.eos == "bridge" else False)
+        has_column_N = np.zeros(len(spans_N4), bool)
+        if self.kind == "simct":
+            has_column_N = ~pair_N & ~is_end_N & (~single_N | (self.oov_unit == "column"))
+        num_units_B = np.bincount(response_N[rows_N], minlength=len(responses))
+        counts.covered_tokens, counts.ends_compared = int(lengths_N[rows_N].sum()), int(at_end_N[rows_N].sum())
+        counts.unaligned_responses = int((num_units_B == 0).sum())
+        kept_tokens = np.arange(len(read)) - np.repeat(num_read_B.cumsum() - num_read_B, num_read_B) < np.repeat(num_kept_B, num_read_B)
+        return AlignedResponses(read[kept_tokens], num_kept_B, spans_N4[rows_N], has_column_N[rows_N], is_end_N[rows_N], num_units_B, counts)
 
 
-def _between(units: _Units) -> np.ndarray:
-    """Return [N, 4] starts and stops of consecutive units."""
-    student, teacher = units.student_stops, units.teacher_stops
-    return np.stack([np.concatenate([[0], student])[:-1], student, np.concatenate([[0], teacher])[:-1], teacher], 1)
+_NO_ENDS = {"student_eos": False, "teacher_eos": False}
 
 
-def _stops_of(units: Sequence[tuple[int, int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    table = np.array(units, np.int64).reshape(-1, 4)
-    return table[:, 1], table[:, 3]
+def _pooled_units(student_lengths: Sequence[np.ndarray], stretches: Sequence[_Stretch]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the minimal units [N, 4] of stretches whose two texts agree, and the response of each: one pass over all of them.
+
+    The texts end together, so no unit crosses from one stretch to the next. Tokens without bytes at the end of a stretch are in none.
+    """
+    ours = np.concatenate([np.zeros(0, np.int32), *student_lengths])
+    theirs = np.concatenate([np.zeros(0, np.int32), *(part.encoded.lengths for part in stretches)])
+    stops = common_boundaries(ours, theirs, int(ours.sum(dtype=np.int64)))
+    counts = [np.array([len(lengths) for lengths in student_lengths], np.int64), np.array([len(part.encoded.ids) for part in stretches], np.int64)]
+    stretch_N = np.repeat(np.arange(len(stretches)), counts[0])[stops[0] - 1]
+    firsts = (np.array([part.first for part in stretches], np.int64), np.array([part.teacher_first for part in stretches], np.int64))
+    columns = []
+    for stop_N, count_P, first_P in zip(stops, counts, firsts):
+        pool_start_N = (count_P.cumsum() - count_P)[stretch_N]
+        start_N = np.maximum(np.concatenate([[0], stop_N[:-1]])[: len(stop_N)], pool_start_N)
+        offset_N = first_P[stretch_N] - pool_start_N
+        columns += [start_N + offset_N, stop_N + offset_N]
+    return np.array([part.response for part in stretches], np.int64)[stretch_N], np.stack(columns, 1)
+
+
+def _in_order(response_N: np.ndarray, spans_N4: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return units response after response, each from its first token on."""
+    order = np.lexsort((spans_N4[:, 0], response_N))
+    return response_N[order], spans_N4[order]
 
 
 def _decoded(pieces: BytePieces, ids: Sequence[int]) -> list[str]:

@@ -131,7 +131,9 @@ def shared_vocabulary(
             raise ValueError(f"{what}={given!r} is none of {', '.join(known)}")
     for role, pieces, ends in (("student", student, student_eos), ("teacher", teacher, teacher_eos)):
         if not ends and eos != "skip":
-            raise ValueError(f"eos={eos} needs the {role}'s end of sequence and none is named; set eos_token_id in its generation_config.json, or use eos=skip")
+            raise ValueError(
+                f"alignment.eos={eos} needs the {role}'s end of sequence and none is named; set eos_token_id in its generation_config.json, or use skip"
+            )
         if any(not 0 <= end < len(pieces.pieces) for end in ends):
             raise ValueError(
                 f"the {role}'s ends of sequence {list(ends)} are not all among its tokenizer's {len(pieces.pieces)} ids; these are another model's"
@@ -141,8 +143,8 @@ def shared_vocabulary(
     pairs = [(index, teacher_id_of[text]) for text, index in student_id_of.items() if text in teacher_id_of]
     if not pairs:
         raise ValueError(
-            f"of {len(student_id_of)} student and {len(teacher_id_of)} teacher tokens none stands for the same text by match={match}; "
-            f"{'use match=bytes, or ' if match == 'string' else ''}choose a teacher whose tokenizer splits text into similar pieces"
+            f"of {len(student_id_of)} student and {len(teacher_id_of)} teacher tokens none stands for the same text by alignment.vocab_match={match}; "
+            f"{'use bytes, or ' if match == 'string' else ''}choose a teacher whose tokenizer splits text into similar pieces"
         )
     if eos == "pair":
         pairs.append((student_eos[0], teacher_eos[0]))
@@ -167,7 +169,7 @@ def _by_bytes(pieces: BytePieces, ends: set[int]) -> dict[bytes, int]:
 def _by_string(pieces: BytePieces, ends: set[int]) -> dict[str, int]:
     """Return the id of each token's name; ValueError for a tokenizer without names."""
     if not hasattr(pieces.tokenizer, "get_vocab"):
-        raise ValueError(f"match=string needs the names of tokens, which {type(pieces.tokenizer).__name__} does not have; use match=bytes")
+        raise ValueError(f"alignment.vocab_match=string needs the names of tokens, which {type(pieces.tokenizer).__name__} does not have; use bytes")
     named = sorted(pieces.tokenizer.get_vocab().items(), key=lambda item: item[1])
     return _first_ids((name.replace("Ġ", "▁"), index) for name, index in named if pieces.pieces[index] and index not in ends)
 

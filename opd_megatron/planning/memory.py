@@ -22,6 +22,8 @@ from opd_megatron.planning.step_shape import StepShape
 Phase = Literal["always", "rollout", "teacher", "train", "evaluation", "teacher evaluation"]
 # Of fp32 [N, W], as counted in losses.vocab_parallel beside CHUNK_BYTES.
 _CHUNK_TENSORS = 5
+# Further of units of text: copies of both models' shared columns at the units' first positions, their exponentials, and a gradient.
+_UNIT_TENSORS = 5
 # Bytes per entry of [B, V] while a token is picked: fp32 logits as gathered and joined, scaled, normalised and exponentiated; two in fp64.
 _SAMPLING_BYTES = 5 * 4 + 2 * 8
 
@@ -130,7 +132,15 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> lis
         terms.append(Term(name="recomputed layer", phase="train", num_bytes=layer_bytes(architecture, layout, batch, itemsize), why=why))
     if not groups.is_last_stage:
         return terms
-    num_columns, chunk = rank.padded_vocab // groups.layout.tensor, max(shape.chunk_tokens, default=0)
+    num_columns, chunk = rank.student_columns, max(shape.chunk_tokens, default=0)
+    widest, num_tensors = max(num_columns, rank.teacher_columns), _CHUNK_TENSORS
+    if not rank.config.alignment.is_identity:
+        num_tensors += _UNIT_TENSORS
+        if layout.context > 1:
+            num_positions = shape.micro_batch_tokens * layout.context
+            num_bytes = 2 * itemsize * num_positions * architecture.hidden_size
+            why = f"hidden states [{num_positions:,}, H] of all {layout.context} windows, between which units may lie, and their gradient"
+            terms.append(Term(name="gathered windows", phase="train", num_bytes=num_bytes, why=why))
     # A product of bf16 matrices is a new fp32 tensor before it is added; an fp32 one is added in place.
     heads = 1 if student.dtype == torch.float32 else 2
     return [
@@ -138,8 +148,8 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> lis
         Term(
             name="loss chunk",
             phase="train",
-            num_bytes=_CHUNK_TENSORS * FP32_BYTES * chunk * num_columns + 2 * itemsize * shape.scored_tokens * architecture.hidden_size,
-            why=f"{_CHUNK_TENSORS} fp32 [N {chunk:,}, W {num_columns:,}]; hidden states [T {shape.scored_tokens:,}, H] and their gradient",
+            num_bytes=num_tensors * FP32_BYTES * chunk * widest + 2 * itemsize * shape.scored_tokens * architecture.hidden_size,
+            why=f"{num_tensors} fp32 [N {chunk:,}, W {widest:,}]; hidden states [T {shape.scored_tokens:,}, H] and their gradient",
         ),
         Term(
             name="head gradient",
@@ -240,7 +250,12 @@ def _payload(rank: PlannedRank, row_bytes: int) -> list[Term]:
         why = f"{needed:,} rows of {row_bytes:,} bytes, while the student writes the batch after theirs"
         terms.append(Term(name="payload, waiting", phase="rollout", num_bytes=needed * row_bytes, why=why))
     if student is not None and student.groups.is_last_stage:
-        num_columns = rank.padded_vocab // student.groups.layout.tensor
-        why = f"[W {num_columns:,}, G {row_bytes // student.dtype.itemsize:,}], cut as the student's vocabulary is"
+        num_columns = rank.teacher_columns
+        cut = (
+            "cut as the student's vocabulary is"
+            if rank.config.alignment.is_identity
+            else "rows of shared tokens beside the student's, and a share of the others"
+        )
+        why = f"[W {num_columns:,}, G {row_bytes // student.dtype.itemsize:,}], {cut}"
         terms.append(Term(name="teacher head slice", phase="always", num_bytes=num_columns * row_bytes, why=why))
     return terms

@@ -20,6 +20,8 @@ from opd_megatron.planning.step_shape import StepShape
 _INDEX_BYTES = 8
 # Values per token that a chunk of the loss exchanges at most: maxima in fp32, then sums in fp64 (masses, moments, the picked logit and its owner).
 _LOSS_VALUES = {"maxima": (2, FP32_BYTES), "sums": (6, 8)}
+# The same for units of text, where every token is a unit.
+_UNIT_VALUES = {"maxima": (6, FP32_BYTES), "sums": (13, 8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,7 @@ def _loss(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
     chunks = shape.chunk_tokens
     values = ["sums"] if one_for_both else ["maxima", "sums"]
     for name in values:
-        number, itemsize = _LOSS_VALUES[name]
+        number, itemsize = (_LOSS_VALUES if rank.config.alignment.is_identity else _UNIT_VALUES)[name]
         count, num_bytes = shape.num_micro_batches * len(chunks), number * itemsize * max(chunks, default=0)
         why = f"loss: {name} of {len(chunks)} chunks a micro-batch, at most {number} values a token"
         yield Message(phase="train", group="student TP", operation="all-reduce or all-gather", count=count, num_bytes=num_bytes, why=why)

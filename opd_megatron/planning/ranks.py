@@ -68,6 +68,18 @@ class PlannedRank:
     def padded_vocab(self) -> int:
         return self.student_known.architecture.padded_vocab_size(self.config.student.layout.tensor, self.config.student.vocab_multiple)
 
+    @property
+    def student_columns(self) -> int:
+        """Rows of the student's head on a rank of its tensor group."""
+        return self.padded_vocab // self.config.student.layout.tensor
+
+    @property
+    def teacher_columns(self) -> int:
+        """Rows of the teacher's head there: as many, or of a vocabulary of its own an even share (`align.rows`)."""
+        if self.config.alignment.is_identity or self.teacher_known is None:
+            return self.student_columns
+        return -(-self.teacher_known.architecture.vocab_size // self.config.student.layout.tensor)
+
 
 def plan_rank(config: RunConfig, student: KnownModel, teacher: KnownModel | None, payload: Payload, rank: int) -> PlannedRank:
     """Return what `rank` of `config.world_size` ranks builds; tenths of a second, whatever the size of the world, and seconds for a new mixture of experts."""

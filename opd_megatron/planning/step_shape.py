@@ -95,7 +95,7 @@ class StepShape:
     @property
     def chunk_tokens(self) -> list[int]:
         """Rows of each chunk of the fused head over one micro-batch, as on an accelerator."""
-        num_columns = self.rank.padded_vocab // self.rank.config.student.layout.tensor
+        num_columns = max(self.rank.student_columns, self.rank.teacher_columns)
         chunks = token_chunks(self.scored_tokens, num_columns, torch.device("cuda"), self.rank.config.loss.chunk_tokens)
         return [rows.stop - rows.start for rows in chunks]
 

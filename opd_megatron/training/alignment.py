@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.align.pieces import BytePieces, check_lossless
-from opd_megatron.align.responses import AlignedResponse, ResponseAligner, UnitCounts
+from opd_megatron.align.responses import AlignedResponses, ResponseAligner, UnitCounts
 from opd_megatron.align.vocabulary import SharedVocabulary, shared_vocabulary
 from opd_megatron.config import AlignmentConfig
 from opd_megatron.data.batches import Sample, UnitSpans
@@ -25,10 +26,7 @@ def make_aligner(
     config: AlignmentConfig, student_tokenizer: Any, teacher_tokenizer: Any, student_ends: Sequence[int], teacher_ends: Sequence[int]
 ) -> ResponseAligner:
     """Return what aligns responses as configured; ValueError for tokenizers that are not read byte by byte, and for two that share nothing."""
-    student, teacher = BytePieces.of(student_tokenizer), BytePieces.of(teacher_tokenizer)
-    for role, pieces in (("student", student), ("teacher", teacher)):
-        for note in check_lossless(role, pieces):
-            logger.warning(note)
+    student, teacher = _pieces_of("student", student_tokenizer), _pieces_of("teacher", teacher_tokenizer)
     vocabulary = shared_vocabulary(student, teacher, match=config.vocab_match, eos=config.eos, student_eos=student_ends, teacher_eos=teacher_ends)
     assert config.kind != "identity"
     options = {name: getattr(config, name) for name in ("kind", "units", "tail", "boundaries", "oov_unit")}
@@ -48,20 +46,37 @@ class RolloutAligner:
         mine = [rollouts.samples[index] for index in replica_share(len(rollouts.samples), rank, size)]
         rooms = [self.max_teacher_positions - len(sample.as_teacher_reads().prompt_ids) for sample in mine]
         aligned = self.aligner.align([sample.response_ids.numpy() for sample in mine], [sample.finished for sample in mine], rooms)
-        gathered: list[list[AlignedResponse]] = [[] for _ in range(size)]
+        gathered: list[AlignedResponses] = [aligned] * size
         dist.all_gather_object(gathered, aligned)
-        responses = [response for share in gathered for response in share]
-        counts = UnitCounts()
-        for response in responses:
-            counts.add(response.counts)
-        samples = tuple(_with_units(sample, response) for sample, response in zip(rollouts.samples, responses, strict=True))
-        return replace(rollouts, samples=samples, notes=_metrics(counts))
+        aligned_samples = itertools.chain.from_iterable(map(_split, gathered))
+        samples = tuple(replace(sample, teacher_response_ids=ids, units=units) for sample, (ids, units) in zip(rollouts.samples, aligned_samples, strict=True))
+        return replace(rollouts, samples=samples, notes=_metrics(sum((share.counts for share in gathered), UnitCounts())))
 
 
-def _with_units(sample: Sample, response: AlignedResponse) -> Sample:
-    starts_and_stops = torch.from_numpy(response.spans_N4).unbind(1)
-    units = UnitSpans(*starts_and_stops, *map(torch.from_numpy, (response.has_column_N, response.is_end_N)))
-    return replace(sample, teacher_response_ids=torch.from_numpy(response.teacher_ids), units=units)
+def _split(aligned: AlignedResponses) -> Iterator[tuple[torch.Tensor, UnitSpans]]:
+    """Yield each response's tokens as the teacher reads it, and its units."""
+    ids = torch.from_numpy(aligned.teacher_ids).split(aligned.num_teacher_tokens_B.tolist())
+    columns = (*torch.from_numpy(aligned.spans_N4).unbind(1), torch.from_numpy(aligned.has_column_N), torch.from_numpy(aligned.is_end_N))
+    for ids_R, *parts in zip(ids, *(column.split(aligned.num_units_B.tolist()) for column in columns), strict=True):
+        yield ids_R, UnitSpans(*parts)
+
+
+def _pieces_of(role: str, tokenizer: Any) -> BytePieces:
+    """Return the bytes of a tokenizer's tokens; ValueError for one that does not tell them, or does not keep text."""
+    try:
+        pieces = BytePieces.of(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"the {role}'s tokenizer cannot be aligned: {error}") from None
+    for note in check_lossless(role, pieces):
+        logger.warning(note)
+    return pieces
+
+
+def describe_alignment(aligner: ResponseAligner) -> str:
+    """Return one line on what the two vocabularies share, for the log of rank 0."""
+    told = aligner.vocabulary.statistics()
+    shares = f"{told['student_share']:.1%} of the student's {told['student_size']:,} and {told['teacher_share']:.1%} of the teacher's {told['teacher_size']:,}"
+    return f"alignment: {aligner.kind}, {told['num_pairs']:,} shared tokens ({shares}), ends of sequence: {told['eos']}"
 
 
 def with_itself(aligner: ResponseAligner) -> SharedVocabulary:

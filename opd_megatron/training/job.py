@@ -14,6 +14,7 @@ from opd_megatron.models.weights import CheckpointWeights, export_hf
 from opd_megatron.parallel.world import Bridge, agreed_by_rank_0, join_world, leave_world, shared_errors, worlds
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.teacher.teacher import Leave
+from opd_megatron.training.alignment import describe_alignment
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.recorder import Recorder
@@ -115,6 +116,11 @@ def _train(
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
     latest = agreed_by_rank_0(checkpoints.latest())
     _note(describe_data(sources))
+    if sources.aligner is not None:
+        _note(describe_alignment(sources.aligner))
+        with shared_errors():
+            if dist.get_rank() == 0:
+                sources.aligner.vocabulary.save(directory.shared_vocabulary)
     parts = build_parts(config, sources, directory.path, bridge, device, _note)
     progress, ahead = Progress(data_fingerprint=sources.prompts.fingerprint), None
     if latest is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -23,6 +23,8 @@ from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
 
+# Mean probability, below which a teacher hardly ever ends where the student does: another token than the one it is asked about ends its responses.
+LEAST_EOS_MASS = 1e-3
 _PHASES = ("rollout", "align", "teacher", "weigh", "train")
 
 
@@ -71,12 +73,16 @@ class Trainer:
                 self.evaluator.measure_student(step=0)
         if self._ahead is not None and self.teacher is not None and self.progress.step < last_step:
             self.teacher.ask(self._ahead)
+        first_step = self.progress.step + 1
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()
                 return "interrupted"
             step = self.progress.step + 1
-            self.recorder.log_step(self.step(step))
+            metrics = self.step(step)
+            self.recorder.log_step(metrics)
+            if step == first_step and (warning := unlikely_ends(metrics)) is not None:
+                self.recorder.note(warning)
             if step < last_step and self._is_due(self.config.evaluation.every_steps):
                 self.evaluator.measure_student(step)
             if self._is_due(self.config.checkpoint.every_steps):
@@ -196,6 +202,17 @@ def _clip_metrics(sums: LossSums) -> dict[str, float]:
     if (clipped := sums.observed.get("clipped")) is None:
         return {}
     return {"clip_fraction": sums.per_token(clipped.nonzero), "clipped_entries_mean": sums.per_token(clipped.total)}
+
+
+def unlikely_ends(metrics: Mapping[str, float]) -> str | None:
+    """Return what to say of a teacher that would not end where the student's responses end; None where it would, or where that is not compared."""
+    mass = metrics.get("teacher_eos_mass", 1.0)
+    if mass >= LEAST_EOS_MASS:
+        return None
+    return (
+        f"the teacher gives its end of sequence {mass:.1e} of its probability where the student's responses end: the loss would teach the student not to "
+        "stop. If the two families end in different tokens, set alignment.eos=bridge, with all of them in eos_token_id of generation_config.json, or skip"
+    )
 
 
 def _unit_metrics(sums: LossSums) -> dict[str, float]:

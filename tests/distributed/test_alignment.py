@@ -16,11 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_megatron.config import AlignmentConfig, LossConfig, RunConfig
+from opd_megatron.config import AlignmentConfig, LossConfig, PositionWeightsConfig, RunConfig
+from opd_megatron.losses.position_weights import position_weights
 from opd_megatron.rollout.rollouts import replay_rollouts
+from opd_megatron.training.trainer import unlikely_ends
 from tests.pool import RankPool
 from tests.reference_simct import naive_simct
-from tests.runs import metrics_of, run_job, small_config, weights_of, with_teacher, write_prompts
+from tests.runs import metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher, write_prompts
 from tests.tiny import write_tiny_model
 from tests.tokenizers_made import byte_level_bpe
 
@@ -163,6 +165,7 @@ LAYOUTS = {
     "TP2xPP2+SP, teacher PP2": ({"tensor": 2, "pipeline": 2, "sequence": True}, {"pipeline": 2}, None, 4),
     "CP2, teacher CP2xTP2": ({"context": 2}, {"context": 2, "tensor": 2}, None, 4),
     "CP2xTP2+SP": ({"context": 2, "tensor": 2, "sequence": True}, {}, None, 4),
+    "PP2xVPP2, teacher TP2": ({"pipeline": 2, "virtual": 2}, {"tensor": 2}, None, 2),
     "DP2xPP2": ({"pipeline": 2}, {"tensor": 2}, None, 4),
     "TP2, PP2 of the teacher's own": ({"tensor": 2}, {"pipeline": 2}, 2, 4),
 }
@@ -186,3 +189,84 @@ def test_every_layout_gives_the_same_losses(
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
     ours, reference = weights_of(tmp_path / "run"), weights_of(replayed[kind])
     assert max(float((ours[name] - reference[name]).abs().max()) for name in ours) < 1e-5
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [({"context": 2}, 2), pytest.param({"tensor": 2, "sequence": True}, 4, marks=pytest.mark.slow)])
+def test_packed_samples_give_the_same_losses(
+    models: Path, recorded: Path, replayed: dict[str, Path], pool: RankPool, tmp_path: Path, layout: dict[str, Any], world_size: int
+) -> None:
+    """Several samples in one row, uneven packs, units that lie in both windows of a sample."""
+    config = _changed(_config(models, SIMCT, **layout), "rollout", replay=str(recorded))
+    pool.run(run_job, _changed(config, "training", micro_batch=1, micro_batch_tokens=96), tmp_path / "run", world_size=world_size)
+    for ours, reference in zip(metrics_of(tmp_path / "run"), metrics_of(replayed["simct"]), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+
+
+def test_position_weights_weigh_units_by_their_first_token(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Per-sequence mean over all response tokens of what the units of a sequence are worth, and its ablation by token."""
+    weights = PositionWeightsConfig(enabled=True, center=0.5, slope=0.1)
+    config = dataclasses.replace(_changed(_config(models, SIMCT), "rollout", replay=str(recorded)), position_weights=weights)
+    pool.run(run_job, _changed(config, "training", steps=1), tmp_path / "run", world_size=1)
+    total, samples = 0.0, replay_rollouts(recorded / "rollouts" / "step_1.jsonl").samples
+    for sample in samples:
+        losses, first, count = _reference(models, sample, "simct", 1.1)
+        weight_R = position_weights([count], center=0.5, slope=0.1)
+        total += float((weight_R[first] * torch.tensor(losses)).sum()) / count
+    assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(total / len(samples), rel=1e-5)
+
+
+def test_spans_may_weigh_by_their_tokens(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    alignment = dataclasses.replace(SIMCT, span_weight="student_tokens")
+    config = _changed(_changed(_config(models, alignment), "rollout", replay=str(recorded)), "training", steps=1)
+    pool.run(run_job, config, tmp_path / "run", world_size=1)
+    total, tokens = 0.0, 0
+    for sample in replay_rollouts(recorded / "rollouts" / "step_1.jsonl").samples:
+        losses, first, count = _reference(models, sample, "simct", 1.1)
+        lengths = [stop - start for start, stop in itertools.pairwise([*first, count])]
+        # A special token in the middle is in no unit.
+        walls = {place for place, token in enumerate(sample.response_ids.tolist()) if token == 256}
+        lengths = [length - len(walls & set(range(start, start + length))) for start, length in zip(first, lengths)]
+        total, tokens = total + sum(loss * length for loss, length in zip(losses, lengths)), tokens + count
+    assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sorted_probabilities_in_two_layouts(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    config = _changed(_config(models, AlignmentConfig(kind="uld", top_k=50)), "rollout", replay=str(recorded))
+    pool.run(run_job, config, tmp_path / "one", world_size=1)
+    layout = dataclasses.replace(config.student.layout, tensor=2, context=2)
+    pool.run(run_job, _changed(config, "student", layout=layout), tmp_path / "four", world_size=4)
+    for ours, reference in zip(metrics_of(tmp_path / "four"), metrics_of(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+
+
+def test_a_stopped_run_ends_with_the_same_weights(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    """A teacher of its own ranks that is one batch ahead: what waits in the checkpoint is aligned anew."""
+    config = with_teacher(_config(models, SIMCT), 1)
+    config = _changed(config, "teacher", staleness=1)
+    pool.run(run_job, config, tmp_path / "whole", world_size=2)
+    pool.run(run_until_step, config, tmp_path / "stopped", 1, world_size=2)
+    pool.run(run_job, config, tmp_path / "stopped", world_size=2)
+    whole, stopped = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    shared = json.loads((tmp_path / "stopped" / "shared_vocabulary.json").read_text())
+    assert len(shared["student_ids"]) == len(shared["teacher_ids"]) == 257
+
+
+def test_what_no_unit_is_left_of_is_skipped_and_said(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Never a loss of 0 that passes for agreement: the steps change nothing, and too many in a row end the run with the way out."""
+    alignment = dataclasses.replace(SIMCT, gh_threshold=1.0)
+    config = _changed(_changed(_config(models, alignment), "rollout", replay=str(recorded)), "training", max_skipped_steps=2)
+    with pytest.raises(Exception, match="no unit of any response was left to compare"):
+        pool.run(run_job, config, tmp_path / "run", world_size=1)
+
+
+def test_a_teacher_that_ends_otherwise_is_noticed() -> None:
+    assert unlikely_ends({"teacher_eos_mass": 0.4}) is None
+    assert unlikely_ends({}) is None
+    warning = unlikely_ends({"teacher_eos_mass": 2e-5})
+    assert warning is not None
+    assert "2.0e-05" in warning
+    assert "alignment.eos=bridge" in warning

@@ -39,6 +39,7 @@ from tests.pool import RankPool
 from tests.programs import ROOT, run_program
 from tests.runs import run_job
 from tests.tiny import write_tiny_model
+from tests.tokenizers_made import word_piece
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,7 @@ MISTAKES = {
     "in use": ([], "another job is running"),
     "no such record": (["rollout.replay=/nowhere"], "has no record of step 1"),
     "other data recorded": (["rollout.replay={cut}", "training.steps=1"], "is not a recorded rollout"),
+    "tokens without bytes": (["alignment.kind=strict", "teacher.hf={words}"], "the teacher's tokenizer cannot be aligned"),
     "more than the vocabulary": (["loss.kind=topk_tail_forward", "loss.top_k=1000"], "exceeds the student's vocabulary"),
 }
 
@@ -186,14 +188,16 @@ def broken(models: Path) -> dict[str, str]:
     vocab = tokenizer["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = write_tiny_model(models / "words", seed=1, num_hidden_layers=2, vocab_size=1000)
+    word_piece().save_pretrained(words)
     cut = models / "cut"
     (cut / "rollouts").mkdir(parents=True)
     (cut / "rollouts" / "step_1.jsonl").write_text('{"prompt_index": 0, "prom')
-    return {"empty": str(empty), "truncated": str(truncated), "missing": str(missing), "other": str(other), "cut": str(cut)}
+    return {"empty": str(empty), "truncated": str(truncated), "missing": str(missing), "other": str(other), "cut": str(cut), "words": str(words)}
 
 
 # Found after the seconds of imports: here by ranks that have them behind them (tests/programs.py). "other recipe" is started as a user would start it.
-FOUND_LATE = ("empty data", "every prompt too long", "other data recorded", "unwritable", "in use")
+FOUND_LATE = ("tokens without bytes", "empty data", "every prompt too long", "other data recorded", "unwritable", "in use")
 
 
 @pytest.mark.parametrize("name", MISTAKES)

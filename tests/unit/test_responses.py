@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd_megatron.align.pieces import BytePieces
-from opd_megatron.align.responses import ResponseAligner
+from opd_megatron.align.responses import ResponseAligner, UnitCounts
 from opd_megatron.align.units import minimal_aligned_units
 from opd_megatron.align.vocabulary import shared_vocabulary
 from tests.tokenizers_made import TEXTS, byte_level_bpe, sentencepiece_like
@@ -32,8 +32,7 @@ def letters(text: str, *end: int) -> np.ndarray:
 
 
 def one(text_ids: np.ndarray, finished: bool = True, room: int = ROOM, **options):
-    (response,) = aligner(**options).align([text_ids], [finished], [room])
-    return response
+    return aligner(**options).align([text_ids], [finished], [room])
 
 
 def written(response, ids: np.ndarray) -> list[tuple[bytes, bytes]]:
@@ -205,11 +204,13 @@ def test_sorted_probabilities_are_compared_place_by_place() -> None:
 
 
 def test_many_responses_are_aligned_as_each_alone() -> None:
+    half = [index for index, piece in enumerate(LETTERS.pieces) if piece == "日".encode()[:1]]
     texts = [letters(text, *end) for text in TEXTS for end in ((), (END,))]
+    texts[3:3] = [np.array([*letters("cut "), *half]), np.array([], np.int64), np.array([256, 256, *letters("x y", END)])]
     finished = [bool(len(ids) and ids[-1] == END) for ids in texts]
-    together = aligner().align(texts, finished, [ROOM] * len(texts))
-    for ids, done, found in zip(texts, finished, together, strict=True):
-        alone = one(ids, done)
-        assert found.teacher_ids.tolist() == alone.teacher_ids.tolist()
-        assert found.spans_N4.tolist() == alone.spans_N4.tolist()
-        assert found.counts == alone.counts
+    for options in ({}, {"units": "released", "tail": "drop"}, {"kind": "strict"}, {"kind": "uld"}):
+        together = aligner(**{"kind": "simct", **options}).align(texts, finished, [ROOM] * len(texts))
+        alone = [one(ids, done, **options) for ids, done in zip(texts, finished)]
+        for name in ("teacher_ids", "spans_N4", "has_column_N", "is_end_N", "num_units_B", "num_teacher_tokens_B"):
+            assert getattr(together, name).tolist() == np.concatenate([getattr(response, name) for response in alone]).tolist(), name
+        assert together.counts == sum((response.counts for response in alone), UnitCounts())

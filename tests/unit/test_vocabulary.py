@@ -192,9 +192,9 @@ def test_no_ends_are_needed_to_skip_them(byte_level: BytePieces, larger: BytePie
 
 def test_nothing_shared_is_refused_with_numbers(byte_level: BytePieces) -> None:
     other = BytePieces(None, [b"\xff\xff", None], np.array([2, 0], np.int32))
-    with pytest.raises(ValueError, match="of 511 student and 1 teacher tokens none stands for the same text by match=bytes"):
+    with pytest.raises(ValueError, match=r"of 511 student and 1 teacher tokens none stands for the same text by alignment\.vocab_match=bytes"):
         shared_vocabulary(byte_level, other, student_eos=[0], teacher_eos=[1])
-    with pytest.raises(ValueError, match="match=string needs the names of tokens"):
+    with pytest.raises(ValueError, match=r"alignment\.vocab_match=string needs the names of tokens"):
         shared_vocabulary(byte_level, other, match="string", student_eos=[0], teacher_eos=[1])
 
 
