@@ -80,7 +80,7 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], speci
 def spelling_texts() -> list[str]:
     """Return words of the demonstration task and their answers: what the other teacher reads and writes."""
     rows = read_rows(DataConfig(prompts="reasoning_gym:spell_backward", task_size=20_000, task_options={"min_word_len": 3, "max_word_len": 7}))
-    answers = [row.answer for row in rows]
+    answers = [row.answer for row in rows if row.answer]
     return [text for answer in answers for text in (answer, answer[::-1])]
 
 
