@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from opd_megatron.config import (
     CheckpointConfig,
     DataConfig,
@@ -56,6 +58,12 @@ def tiny_reader() -> RunConfig:
     """Make the student that teaches itself (`opsd`): a warm-up on words of 3 to 5 letters, and on words of 3 to 7 with the solution in the prompt."""
     data = DataConfig(prompts="runs/tiny/warm_up.jsonl", batch_prompts=128, max_prompt_tokens=64, grader="exact")
     return _supervised("runs/tiny/student", steps=400, data=data)
+
+
+def tiny_merged_teacher() -> RunConfig:
+    """Make the teacher with a tokenizer of its own (`tiny_simct`): as `tiny_teacher`, on pieces of words, which it would rather learn by heart."""
+    base = _supervised("runs/tiny/merged_teacher", steps=800, data=_spelling(128))
+    return replace(base, training=replace(base.training, weight_decay=0.1))
 
 
 def quickstart() -> RunConfig:

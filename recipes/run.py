@@ -43,7 +43,7 @@ def all_recipes() -> dict[str, Callable[[], RunConfig]]:
     """Return every recipe by name: the public zero-argument functions of the modules in this folder."""
     found: dict[str, Callable[[], RunConfig]] = {}
     for module_info in sorted(pkgutil.iter_modules(recipes.__path__), key=lambda info: info.name):
-        if module_info.name in ("run", "shared"):
+        if module_info.name in ("run", "shared", "alignments"):
             continue
         module = importlib.import_module(f"recipes.{module_info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):

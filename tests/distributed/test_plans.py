@@ -67,8 +67,10 @@ PARAMETERS = {
     "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen2.5-14B-Instruct": 14_770_033_664,
     "Llama-3.2-1B-Instruct": 1_235_814_400,
+    "Llama-3.2-3B-Instruct": 3_212_749_824,
     "Llama-3.1-8B-Instruct": 8_030_261_248,
     "Llama-3.3-70B-Instruct": 70_553_706_496,
 }

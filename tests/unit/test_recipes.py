@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from opd_megatron.config import RunConfig, apply_overrides
+from opd_megatron.config import AlignmentConfig, RunConfig, apply_overrides
 from opd_megatron.training.preflight import check_run
-from recipes import run
+from recipes import alignments, run
 from recipes.quickstart import quickstart
 from tests.tiny import write_tiny_model
 
 ROOT = Path(run.__file__).parents[1]
 RECIPES = run.all_recipes()
 TINY_STUDENT, TINY_TEACHER = ROOT / "recipes" / "assets" / "tiny_student", ROOT / "recipes" / "assets" / "tiny_teacher"
+TINY_MERGED_TEACHER = ROOT / "recipes" / "assets" / "tiny_merged_teacher"
 
 # Seconds of import that building and checking must not cost, and packages a login node may lack.
 HEAVY = "('torch', 'megatron', 'transformers', 'numpy', 'triton', 'nemo_run')"
@@ -241,6 +242,21 @@ def test_a_student_that_cannot_take_the_teachers_place_is_refused_where_it_would
     ):
         check_run(apply_overrides(quickstart(), overrides), 4)
     check_run(apply_overrides(quickstart(), [*overrides, "teacher.self_test=false"]), 4)
+
+
+RELEASED = {"score": "raw_logit", "units": "released", "tail": "drop", "boundaries": "decoded_text", "vocab_match": "string", "oov_unit": "none"}
+PRESETS = {"paper_math": {}, "public_code_4dae6fc": RELEASED, "public_code_cf0f33a": {**RELEASED, "gh_threshold": 2.0}, "public_scripts": RELEASED}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_of_simct_differs_from_the_paper_in_what_its_source_does_otherwise(name: str) -> None:
+    assert vars(getattr(alignments, name)()) == {**vars(AlignmentConfig()), "kind": "simct", **PRESETS[name]}
+
+
+def test_the_tiny_pair_has_two_tokenizers() -> None:
+    # With equal ones the recipes would run as well, and show nothing.
+    with pytest.raises(ValueError, match=r"student and teacher tokenizers differ.*or set alignment.kind=strict"):
+        check_run(apply_overrides(quickstart(), [f"student.hf={TINY_STUDENT}", f"teacher.hf={TINY_MERGED_TEACHER}"]), 4)
 
 
 # Keys that users' scripts set, with a value other than the default where one is supported.
