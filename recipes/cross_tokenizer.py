@@ -65,7 +65,7 @@ def llama3_3b_from_qwen2p5_7b_8gpu_h100_strict() -> RunConfig:
         student=StudentConfig(hf="models/Llama-3.2-3B-Instruct", layout=ParallelLayout(tensor=2, sequence=True)),
         teacher=TeacherConfig(hf="models/Qwen2.5-7B-Instruct", layout=ParallelLayout(tensor=4), micro_batch=2),
         data=DataConfig(prompts="data/math_and_code_10k.jsonl", batch_prompts=64, max_prompt_tokens=1024),
-        rollout=RolloutConfig(max_response_tokens=4096, temperature=0.6, top_p=0.95, batch_sequences=16),
+        rollout=RolloutConfig(max_response_tokens=4096, temperature=0.6, top_p=0.95, batch_sequences=64),
         alignment=AlignmentConfig(kind="strict", eos="bridge"),
         loss=LossConfig(kind="reverse_kl"),
         training=TrainingConfig(steps=312, learning_rate=1e-6, warmup_steps=16, lr_schedule="cosine"),

@@ -32,6 +32,12 @@ def longest_teacher_prompt(config: RunConfig, teacher: Architecture) -> int:
     return config.privileged.max_prompt_tokens or teacher.max_positions - config.rollout.max_response_tokens
 
 
+def planned_teacher_prompt(config: RunConfig, teacher: Architecture) -> int:
+    """Return how many tokens of a teacher's prompt a plan counts with: the longest, but of the same messages in another tokenizer as many as the student's."""
+    same_messages = config.privileged.template is None
+    return config.data.max_prompt_tokens if same_messages else longest_teacher_prompt(config, teacher)
+
+
 def longest_evaluated_teacher_prompt(config: RunConfig, teacher: Architecture) -> int:
     """Return the same where the teacher itself answers."""
     return min(longest_teacher_prompt(config, teacher), teacher.max_positions - evaluation_tokens(config))

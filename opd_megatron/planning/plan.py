@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opd_megatron.config import RunConfig
 from opd_megatron.models.gpt import DTYPES
-from opd_megatron.models.limits import longest_teacher_prompt
+from opd_megatron.models.limits import planned_teacher_prompt
 from opd_megatron.parallel.layout import RankGrid
 from opd_megatron.planning.architectures import KnownModel, know_model
 from opd_megatron.planning.memory import RankMemory, rank_memory
@@ -70,7 +70,7 @@ def make_plan(config: RunConfig, published: Sequence[Path]) -> Plan:
     config.check_world(config.world_size)
     student = know_model("student", config.student, published)
     teacher = know_model("teacher", config.teacher_source, published) if config.teacher_source is not None else None
-    payload = step_payload(config, longest_teacher_prompt(config, teacher.architecture) if teacher is not None else None)
+    payload = step_payload(config, planned_teacher_prompt(config, teacher.architecture) if teacher is not None else None)
     row_bytes = teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize if teacher else 0
     ranks = [plan_rank(config, student, teacher, payload, rank) for rank in ranks_to_plan(config)]
     known = {"student": student, "teacher": teacher}

@@ -9,7 +9,7 @@ import torch
 
 from opd_megatron.data.batch_plan import TrainingBatches, TrainingPlan
 from opd_megatron.losses.vocab_parallel import token_chunks
-from opd_megatron.models.limits import longest_teacher_prompt
+from opd_megatron.models.limits import planned_teacher_prompt
 from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.parallel.layout import replica_share
 from opd_megatron.planning.payload import longest_samples
@@ -56,7 +56,7 @@ class StepShape:
     def teacher_prompt_tokens(self) -> int:
         """The longest prompt that the teacher reads."""
         assert self.rank.teacher_known is not None
-        return longest_teacher_prompt(self.rank.config, self.rank.teacher_known.architecture)
+        return planned_teacher_prompt(self.rank.config, self.rank.teacher_known.architecture)
 
     @property
     def scored_tokens(self) -> int:

@@ -221,4 +221,4 @@ def _unit_metrics(sums: LossSums) -> dict[str, float]:
         return {}
     covered = sums.observed["covered"]
     means = {f"teacher_{key}": sums.observed[key].mean for key in ("shared_mass", "eos_mass") if key in sums.observed}
-    return {"uncovered_units": covered.rows - covered.total, **{key: mean for key, mean in means.items() if math.isfinite(mean)}}
+    return {"uncovered_unit_share": 1 - covered.mean if covered.rows else 0.0, **{key: mean for key, mean in means.items() if math.isfinite(mean)}}
