@@ -43,7 +43,8 @@ class Scoring:
     `score`: mean_logprob is Eq. 7; raw_logit takes logits in place of log-probabilities (released code), and is then not invariant to a constant added to
     all logits of a later position. `span_norm`: alpha of a unit is 1 / k of its own tokens, 1 (sum: equal text probabilities then compare equal), or
     1 / max of both. `mask_first_token` takes the first tokens of a unit with a column of its own out of its row, those of both models out of both rows: their
-    mass would count twice. `gh_threshold` leaves out rows in which the teacher has less than 1 / threshold of its mass on the columns; 0 keeps all.
+    mass would count twice. `gh_threshold` leaves out rows in which the teacher has less than 1 / threshold of its mass on all shared tokens, the unit
+    and the ends; 0 keeps all.
     `top_k` looks at that many shared tokens of the row, those that the student finds likeliest; 0 looks at all.
     """
 
@@ -57,10 +58,12 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.kind not in ("reverse_kl", "forward_kl"):
             raise ValueError(f"kind={self.kind!r} has no form for different tokenizers; use reverse_kl or forward_kl")
-        if not (self.gh_threshold == 0 or 1 <= self.gh_threshold < math.inf):
-            raise ValueError(f"gh_threshold={self.gh_threshold} must be 0 for none, or at least 1: it is one over the teacher's mass on the columns")
+        if not (self.gh_threshold == 0 or 1 < self.gh_threshold < math.inf):
+            raise ValueError(f"gh_threshold={self.gh_threshold} must be 0 for none, or more than 1: it is one over the teacher's mass on the columns")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative; 0 takes every shared token")
+        if self.top_k == 1 or (self.top_k == 2 and self.mask_first_token):
+            raise ValueError(f"top_k={self.top_k} leaves rows of one column, on which models cannot differ; use more, or 0 for every shared token")
 
 
 def simct_divergence(

@@ -82,6 +82,7 @@ class SharedVocabulary:
         """Write a JSON file, the same bytes for the same vocabulary."""
         record = {
             "format": _FORMAT,
+            "statistics": self.statistics(),
             "eos": self.eos,
             "student_size": self.student_size,
             "teacher_size": self.teacher_size,

@@ -32,7 +32,7 @@ class AlignmentConfig:
     boundaries: Literal["bytes", "decoded_text"] = "bytes"
     # Tokens are shared if their bytes are equal, or, as released, if their names in the vocabularies are.
     vocab_match: Literal["bytes", "string"] = "bytes"
-    # Leave out rows in which the teacher has less than one over this of its mass on the columns; 0 keeps all.
+    # Leave out rows in which the teacher has less than one over this of its mass on all shared tokens, the unit and the ends; 0 keeps all.
     gh_threshold: float = 0.0
     # Take a unit's own first tokens, whose mass counts in its column too, out of its row.
     mask_first_token: bool = False
@@ -55,10 +55,16 @@ class AlignmentConfig:
             chosen = getattr(self, name)
             require(chosen == plain[name], f"alignment.{name}={_word(chosen)} has no effect with alignment.kind={self.kind}; leave it at {_word(plain[name])}")
         require(
-            self.gh_threshold == 0 or 1 <= self.gh_threshold < math.inf,
-            f"alignment.gh_threshold={self.gh_threshold} must be 0 for none, or at least 1: it is one over the teacher's mass on the columns",
+            self.gh_threshold == 0 or 1 < self.gh_threshold < math.inf,
+            f"alignment.gh_threshold={self.gh_threshold} must be 0 for none, or more than 1: it is one over the teacher's mass on the columns",
         )
         require(self.top_k >= 0, f"alignment.top_k={self.top_k} must not be negative; 0 looks at all")
+        fewest = 1 if self.kind == "uld" else 3 if self.mask_first_token else 2
+        require(
+            self.top_k == 0 or self.top_k >= fewest,
+            f"alignment.top_k={self.top_k} leaves rows of one column, on which models cannot differ; use at least {fewest}, or 0 for all",
+        )
+        require(self.tail == "keep" or self.units == "released", "alignment.tail=drop belongs to alignment.units=released: every other unit has an end")
         require(
             self.boundaries == "bytes" or self.units == "released",
             "alignment.boundaries=decoded_text belongs to alignment.units=released: text decoded token by token loses split characters",

@@ -190,7 +190,7 @@ class RunConfig:
         assert self.teacher is not None
         loss, importance = self.loss, self.importance
         kinds = ("reverse_kl",) if kind == "uld" else ("reverse_kl", "forward_kl")
-        way_out = "leave it at reverse_kl: uld has a loss of its own" if kind == "uld" else f"use {' or '.join(kinds)}"
+        way_out = "set it to reverse_kl: uld has a loss of its own" if kind == "uld" else f"use {' or '.join(kinds)}"
         require(loss.kind in kinds, f"loss.kind={loss.kind} has no form with alignment.kind={kind}; {way_out}")
         require(loss.pointwise_clip is None, f"loss.pointwise_clip={loss.pointwise_clip} has no form with alignment.kind={kind}; set it to null")
         require(importance.rule == "all", f"importance.rule={importance.rule} scores tokens, and alignment.kind={kind} compares units; set it to all")

@@ -222,8 +222,8 @@ def _nothing_left(data: DataConfig, part: Part, counts: _Counts, max_teacher_tok
         f"{counts.other_part} belong to the other part (data.holdout_fraction={data.holdout_fraction})"
     )
     if counts.no_room:
-        dropped += f", {counts.no_room} with a privileged prompt of more than {max_teacher_tokens} tokens, which leaves the teacher no room for the response"
-        way_out = "shorten privileged.template or the solutions"
+        dropped += f", {counts.no_room} with a prompt of more than {max_teacher_tokens} tokens for the teacher, which leaves it no room for the response"
+        way_out = "shorten privileged.template or the solutions, or the prompts, or lower rollout.max_response_tokens"
     else:
         way_out = "raise data.max_prompt_tokens" if counts.too_long else "change data.holdout_fraction or give more data"
     if part == "evaluation":

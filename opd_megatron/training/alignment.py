@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ class RolloutAligner:
         dist.all_gather_object(gathered, aligned)
         aligned_samples = itertools.chain.from_iterable(map(_split, gathered))
         samples = tuple(replace(sample, teacher_response_ids=ids, units=units) for sample, (ids, units) in zip(rollouts.samples, aligned_samples, strict=True))
-        return replace(rollouts, samples=samples, notes=_metrics(sum((share.counts for share in gathered), UnitCounts())))
+        return replace(rollouts, samples=samples, notes=_metrics(sum((share.counts for share in gathered), UnitCounts()), by_place=self.aligner.kind == "uld"))
 
 
 def _split(aligned: AlignedResponses) -> Iterator[tuple[torch.Tensor, UnitSpans]]:
@@ -97,12 +97,18 @@ def token_by_token(rollouts: Rollouts) -> Rollouts:
     return replace(rollouts, samples=tuple(map(aligned, rollouts.samples)))
 
 
-def _metrics(counts: UnitCounts) -> Mapping[str, float]:
-    """Return what metrics.jsonl shows of a step's alignment: shares of the student's tokens unless they say otherwise."""
+def _metrics(counts: UnitCounts, *, by_place: bool) -> Mapping[str, float]:
+    """Return what metrics.jsonl shows of a step's alignment: shares of the student's tokens unless they say otherwise.
+
+    Where tokens are compared place by place, whether they stand for the same text or end is chance, and not told.
+    """
     tokens, units = max(1, counts.student_tokens), max(1, counts.units)
+    by_text: dict[str, float] = {} if by_place else {"one_to_one_share": counts.one_to_one_tokens / tokens}
+    if counts.ended and not by_place:
+        by_text["ends_compared_share"] = counts.ends_compared / counts.ended
     return {
         "aligned_share": counts.covered_tokens / tokens,
-        "one_to_one_share": counts.one_to_one_tokens / tokens,
+        **by_text,
         "units_per_token": counts.units / tokens,
         "multi_token_unit_share": counts.multi_token_units / units,
         "align_ratio": counts.longer_tokens / max(1, counts.longer_responses),
@@ -111,5 +117,49 @@ def _metrics(counts: UnitCounts) -> Mapping[str, float]:
         "special_token_share": counts.special_tokens / tokens,
         "cut_teacher_tokens": counts.cut_tokens,
         "unaligned_samples": counts.unaligned_responses,
-        "ends_compared_share": counts.ends_compared / counts.ended if counts.ended else 0.0,
     }
+
+
+# From a step's metrics to what is amiss: None as long as they do not say, an empty text where all is well.
+AlignmentTrouble = Callable[[Mapping[str, float]], str | None]
+
+# Mean probability, below which a teacher hardly ever ends where the student does: another token than the one it is asked about ends its responses.
+LEAST_EOS_MASS = 1e-3
+LEAST_ALIGNED_SHARE = 0.5
+
+
+def unlikely_ends(metrics: Mapping[str, float]) -> str | None:
+    """Tell of a teacher that would not end where the student's responses end."""
+    mass = metrics.get("teacher_eos_mass")
+    if mass is None or mass >= LEAST_EOS_MASS:
+        return None if mass is None else ""
+    return (
+        f"the teacher gives its end of sequence {mass:.1e} of its probability where the student's responses end: the loss would teach the student not to "
+        "stop. If the two families end in different tokens, name all of them in eos_token_id of generation_config.json and set alignment.eos=bridge, or skip"
+    )
+
+
+def uncompared_ends(metrics: Mapping[str, float]) -> str | None:
+    """Tell of a student whose responses end, and none of their ends is compared."""
+    share = metrics.get("ends_compared_share")
+    if share is None or share > 0:
+        return None if share is None else ""
+    return (
+        "no end of a response is compared, so nothing teaches the student when to stop: it ends with another id than the one that alignment.eos pairs; "
+        "alignment.eos=bridge compares all that end a text"
+    )
+
+
+def little_aligned(metrics: Mapping[str, float]) -> str | None:
+    """Tell of a run that compares little of what the student writes."""
+    share = metrics["aligned_share"]
+    if share >= LEAST_ALIGNED_SHARE:
+        return ""
+    lost, special, cut = (metrics[key] for key in ("lost_bytes_share", "special_token_share", "cut_teacher_tokens"))
+    return (
+        f"only {share:.0%} of the student's tokens stand in units that are compared: {lost:.0%} of the bytes lie behind a place where the texts part (bytes "
+        f"that are no text, a normalizer), {special:.0%} of the tokens are special, {cut:.0f} tokens are beyond the teacher's positions"
+    )
+
+
+ALIGNMENT_TROUBLES: tuple[AlignmentTrouble, ...] = (unlikely_ends, uncompared_ends, little_aligned)

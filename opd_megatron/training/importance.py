@@ -65,7 +65,9 @@ class Importance:
         # Megatron divides by the number of tokens that it is given.
         num_kept = int((weight_N != 0).sum())
         weight_N = weight_N.double() * (num_kept / divisor if divisor else 0.0)
-        return replace(micro_batches, weight_N=weight_N.float().to(student.device)), {"kept_fraction": num_kept / max(1, len(weight_N)), **metrics}
+        return replace(micro_batches, weight_N=weight_N.float().to(student.device)), (
+            {"kept_fraction": num_kept / max(1, len(weight_N))} if self.rule is not None else {}
+        ) | metrics
 
     def _select(self, statistics: TokenStatistics, lengths: list[int], rule: SelectionRule, step: int) -> Selection:
         # One number from a counter-based stream: the same on every rank and after a resume.

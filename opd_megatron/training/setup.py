@@ -267,7 +267,7 @@ def describe_data(sources: Sources) -> str:
     prompts = sources.prompts
     dropped = f", {prompts.num_dropped_long} dropped as too long" if prompts.num_dropped_long else ""
     if prompts.num_dropped_privileged:
-        dropped += f", {prompts.num_dropped_privileged} dropped because their privileged prompt leaves the teacher no room for a response"
+        dropped += f", {prompts.num_dropped_privileged} dropped because the teacher's prompt leaves no room for a response"
     unread = sources.evaluation_prompts.num_dropped_privileged if sources.evaluation_prompts is not None else 0
     beside = f" (the teacher is measured without {unread}, which leave it no room)" if unread else ""
     return f"data: {len(prompts):,} training prompts{dropped}, {held_out:,} held out{beside}; world size {dist.get_world_size()}"

@@ -16,6 +16,7 @@ from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptSet
 from opd_megatron.parallel.offload import peak_bytes, start_peak
 from opd_megatron.rollout.rollouts import Rollouts
+from opd_megatron.training.alignment import ALIGNMENT_TROUBLES, AlignmentTrouble
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.recorder import Recorder
@@ -23,8 +24,6 @@ from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
 
-# Mean probability, below which a teacher hardly ever ends where the student does: another token than the one it is asked about ends its responses.
-LEAST_EOS_MASS = 1e-3
 _PHASES = ("rollout", "align", "teacher", "weigh", "train")
 
 
@@ -61,6 +60,7 @@ class Trainer:
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._peak_bytes = dict.fromkeys(_PHASES, 0)
         self._saved_step = progress.step
+        self._unsaid = list(ALIGNMENT_TROUBLES) if not config.alignment.is_identity else []
 
     def run(self) -> Literal["finished", "interrupted"]:
         """Train to the last step, or to the step boundary at which a stop was asked for. Either way a checkpoint is left."""
@@ -73,7 +73,6 @@ class Trainer:
                 self.evaluator.measure_student(step=0)
         if self._ahead is not None and self.teacher is not None and self.progress.step < last_step:
             self.teacher.ask(self._ahead)
-        first_step = self.progress.step + 1
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()
@@ -81,8 +80,7 @@ class Trainer:
             step = self.progress.step + 1
             metrics = self.step(step)
             self.recorder.log_step(metrics)
-            if step == first_step and (warning := unlikely_ends(metrics)) is not None:
-                self.recorder.note(warning)
+            self._unsaid = [kind for kind in self._unsaid if not self._said(kind, metrics)]
             if step < last_step and self._is_due(self.config.evaluation.every_steps):
                 self.evaluator.measure_student(step)
             if self._is_due(self.config.checkpoint.every_steps):
@@ -90,6 +88,13 @@ class Trainer:
         self._save()
         self.evaluator.measure_student(self.progress.step)
         return "finished"
+
+    def _said(self, kind: AlignmentTrouble, metrics: Mapping[str, float]) -> bool:
+        """Return whether the step's metrics answer a question about the two tokenizers; what is amiss is noted, once."""
+        answer = kind(metrics)
+        if answer:
+            self.recorder.note(answer)
+        return answer is not None
 
     def step(self, step: int) -> dict[str, float | int]:
         """One optimizer step; returns its metrics, equal on every rank."""
@@ -123,8 +128,9 @@ class Trainer:
         samples, response_tokens = rollouts.samples, rollouts.num_response_tokens
         payload_bytes, gathered_bytes = (self.teacher.payload_bytes, self.teacher.gathered_bytes) if self.teacher is not None else (0, 0)
         return {
-            "loss": sums.per_token(sums.loss),
-            "divergence": sums.per_row(sums.divergence),
+            # A mean over nothing is no agreement: null in the record.
+            "loss": sums.per_token(sums.loss) if sums.rows else math.nan,
+            "divergence": sums.per_row(sums.divergence) if sums.rows else math.nan,
             "student_entropy": sums.per_scored(sums.entropy),
             "kept_fraction": sums.scored / max(1, response_tokens),
             "rollout_staleness": self.progress.step - 1 - rollouts.policy_version,
@@ -158,8 +164,8 @@ class Trainer:
             importance = self.config.importance
             if not self.config.alignment.is_identity:
                 raise ValueError(
-                    f"{in_a_row} steps in a row were skipped because no unit of any response was left to compare: the two tokenizers share no boundary there, "
-                    f"or alignment.gh_threshold={self.config.alignment.gh_threshold} leaves all out; see tools/align_report.py, or use alignment.kind=simct"
+                    f"{in_a_row} steps in a row were skipped because no unit of any response was left to compare: see aligned_share, lost_bytes_share, "
+                    "special_token_share and uncovered_unit_share in metrics.jsonl, and tools/align_report.py for how the two tokenizers meet"
                 )
             raise ValueError(
                 f"{in_a_row} steps in a row were skipped because no token was left to train on: importance.rule={importance.rule} keeps none of responses as "
@@ -202,17 +208,6 @@ def _clip_metrics(sums: LossSums) -> dict[str, float]:
     if (clipped := sums.observed.get("clipped")) is None:
         return {}
     return {"clip_fraction": sums.per_token(clipped.nonzero), "clipped_entries_mean": sums.per_token(clipped.total)}
-
-
-def unlikely_ends(metrics: Mapping[str, float]) -> str | None:
-    """Return what to say of a teacher that would not end where the student's responses end; None where it would, or where that is not compared."""
-    mass = metrics.get("teacher_eos_mass", 1.0)
-    if mass >= LEAST_EOS_MASS:
-        return None
-    return (
-        f"the teacher gives its end of sequence {mass:.1e} of its probability where the student's responses end: the loss would teach the student not to "
-        "stop. If the two families end in different tokens, set alignment.eos=bridge, with all of them in eos_token_id of generation_config.json, or skip"
-    )
 
 
 def _unit_metrics(sums: LossSums) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class Replayed:
     run: Path
     num_sequences: int
     vocab_size: int
-    teacher_reads_other: bool
+    privileged: bool
+    # With another tokenizer the teacher reads this run's prompts, not those of the record: other tokenizers made other ids of them.
     same_tokenizer: bool
 
     def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
@@ -65,11 +66,10 @@ class Replayed:
             rollouts = replay_rollouts(RunDirectory(self.run).rollout_file(step))
             if len(rollouts.samples) != self.num_sequences:
                 raise ValueError(f"{self.run} recorded {len(rollouts.samples)} samples for step {step}, this run takes {self.num_sequences}")
-            if {sample.teacher_prompt_ids is not None for sample in rollouts.samples} != {self.teacher_reads_other}:
-                how = "without" if self.teacher_reads_other else "with"
-                raise ValueError(
-                    f"{self.run} was recorded {how} prompts of the teacher's own (privileged.template, alignment.kind); replay it as it was recorded"
-                )
+            if not self.same_tokenizer:
+                rollouts = replace(rollouts, samples=tuple(self._as_this_teacher_reads(sample, prompts, step) for sample in rollouts.samples))
+            elif {sample.teacher_prompt_ids is not None for sample in rollouts.samples} != {self.privileged}:
+                raise ValueError(f"{self.run} was recorded {'without' if self.privileged else 'with'} privileged.template; replay it as it was recorded")
             read = [ids for sample in rollouts.samples for ids in (sample.prompt_ids, sample.response_ids)]
             if self.same_tokenizer:
                 read += [sample.teacher_prompt_ids for sample in rollouts.samples if sample.teacher_prompt_ids is not None]
@@ -79,6 +79,13 @@ class Replayed:
                     f"{self.run} recorded token {largest} in step {step}, and the vocabulary has {self.vocab_size}; replay a run with this tokenizer"
                 )
         return rollouts
+
+    def _as_this_teacher_reads(self, sample: Sample, prompts: list[Prompt], step: int) -> Sample:
+        """Return the sample with what this run's teacher reads before the response."""
+        for prompt in prompts:
+            if prompt.index == sample.prompt_index and prompt.teacher_ids is not None:
+                return replace(sample, teacher_prompt_ids=torch.tensor(prompt.teacher_ids))
+        raise ValueError(f"{self.run} recorded prompt {sample.prompt_index} in step {step}, which this run does not ask then; replay with its data and seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +105,12 @@ def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: Mode
     if config.training.objective == "sft":
         return ReferenceAnswers(tokenizer=tokenizer)
     if rollout.replay:
-        same = config.alignment.is_identity
         return Replayed(
             run=Path(rollout.replay),
             num_sequences=config.num_sequences,
             vocab_size=sampler.vocab_size,
-            teacher_reads_other=config.privileged.template is not None or not same,
-            same_tokenizer=same,
+            privileged=config.privileged.template is not None,
+            same_tokenizer=config.alignment.is_identity,
         )
     return OnPolicy(
         sampler=sampler,

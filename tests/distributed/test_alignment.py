@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd_megatron.config import AlignmentConfig, LossConfig, PositionWeightsConfig, RunConfig
 from opd_megatron.losses.position_weights import position_weights
 from opd_megatron.rollout.rollouts import replay_rollouts
-from opd_megatron.training.trainer import unlikely_ends
+from opd_megatron.training.alignment import little_aligned, uncompared_ends, unlikely_ends
 from tests.pool import RankPool
 from tests.reference_simct import naive_simct
 from tests.runs import metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher, write_prompts
@@ -57,6 +58,7 @@ def _changed(config: RunConfig, section: str, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
 
 
+_SHARES = {"lost_bytes_share": 0.93, "special_token_share": 0.0, "cut_teacher_tokens": 0}
 STRICT, SIMCT = AlignmentConfig(kind="strict"), AlignmentConfig(kind="simct")
 
 
@@ -257,16 +259,38 @@ def test_a_stopped_run_ends_with_the_same_weights(models: Path, pool: RankPool, 
 
 def test_what_no_unit_is_left_of_is_skipped_and_said(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
     """Never a loss of 0 that passes for agreement: the steps change nothing, and too many in a row end the run with the way out."""
-    alignment = dataclasses.replace(SIMCT, gh_threshold=1.0)
+    alignment = dataclasses.replace(SIMCT, gh_threshold=1.0001)
     config = _changed(_changed(_config(models, alignment), "rollout", replay=str(recorded)), "training", max_skipped_steps=2)
     with pytest.raises(Exception, match="no unit of any response was left to compare"):
         pool.run(run_job, config, tmp_path / "run", world_size=1)
 
 
-def test_a_teacher_that_ends_otherwise_is_noticed() -> None:
-    assert unlikely_ends({"teacher_eos_mass": 0.4}) is None
-    assert unlikely_ends({}) is None
-    warning = unlikely_ends({"teacher_eos_mass": 2e-5})
-    assert warning is not None
-    assert "2.0e-05" in warning
-    assert "alignment.eos=bridge" in warning
+@pytest.mark.parametrize(
+    ("trouble", "silent", "well", "amiss", "way_out"),
+    [
+        (unlikely_ends, {}, {"teacher_eos_mass": 0.4}, {"teacher_eos_mass": 2e-5}, "2.0e-05"),
+        (uncompared_ends, {}, {"ends_compared_share": 0.1}, {"ends_compared_share": 0.0}, "alignment.eos=bridge"),
+        (little_aligned, None, _SHARES | {"aligned_share": 0.9}, _SHARES | {"aligned_share": 0.07}, "93%"),
+    ],
+)
+def test_trouble_between_tokenizers_is_told_once_it_shows(trouble: Any, silent: Any, well: Any, amiss: Any, way_out: str) -> None:
+    """Not in the first step, when no response may have ended yet: in the first step that can tell."""
+    assert silent is None or trouble(silent) is None
+    assert trouble(well) == ""
+    assert way_out in trouble(amiss)
+
+
+def test_a_record_is_replayed_with_the_prompts_of_this_runs_teacher(
+    models: Path, recorded: Path, replayed: dict[str, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    """What another run's teacher read was written in other ids: it is not taken over, and a prompt that this run does not ask is refused."""
+    run = tmp_path / "record"
+    shutil.copytree(recorded, run)
+    for file in (run / "rollouts").iterdir():
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**record, "teacher_prompt_ids": [5, 6, 7]}) + "\n" for record in records))
+    config = _changed(_changed(_config(models, SIMCT), "rollout", replay=str(run)), "training", steps=1)
+    pool.run(run_job, config, tmp_path / "run", world_size=1)
+    assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(metrics_of(replayed["simct"])[0]["loss"], rel=1e-6)
+    with pytest.raises(Exception, match="which this run does not ask then"):
+        pool.run(run_job, dataclasses.replace(config, seed=99), tmp_path / "other", world_size=1)

@@ -165,7 +165,16 @@ def test_no_unit_is_no_loss() -> None:
     assert not any(grad.any() for grad in grads)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"kind": "jsd"}, "kind='jsd'"), ({"gh_threshold": 0.5}, "gh_threshold=0.5"), ({"top_k": -1}, "top_k=-1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "jsd"}, "kind='jsd'"),
+        ({"gh_threshold": 1}, "gh_threshold=1"),
+        ({"top_k": 1}, "top_k=1"),
+        ({"top_k": 2, "mask_first_token": True}, "top_k=2"),
+        ({"top_k": -1}, "top_k=-1"),
+    ],
+)
 def test_options_without_meaning_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         Scoring(**options)

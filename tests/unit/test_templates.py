@@ -99,7 +99,7 @@ def test_a_privileged_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path
     lengths = [len(prompt.teacher_ids or ()) for prompt in _load(tmp_path, tokenizer, template).prompts]
     shorter = _load(tmp_path, tokenizer, template, room=min(lengths))
     assert (len(shorter), shorter.num_dropped_privileged, shorter.num_dropped_long) == (1, 1, 0)
-    with pytest.raises(ValueError, match=r"2 with a privileged prompt of more than 5 tokens, which leaves the teacher no room .* shorten privileged\.template"):
+    with pytest.raises(ValueError, match=r"2 with a prompt of more than 5 tokens for the teacher, which leaves it no room .* shorten privileged\.template"):
         _load(tmp_path, tokenizer, template, room=5)
 
 
