@@ -122,6 +122,12 @@ def _parse(text: str, annotation: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{key}={text!r} must be a JSON object")
         return value
+    if origin is tuple:
+        item = typing.get_args(annotation)[0]
+        items = _any_json(text)
+        if not isinstance(items, list) or not all(type(one) is item for one in items):
+            raise ValueError(f"{key}={text!r} must be a JSON list, e.g. [1, 2, 4]")
+        return tuple(items)
     if origin is typing.Literal:
         allowed = typing.get_args(annotation)
         if text in allowed:
@@ -136,7 +142,7 @@ def _parse(text: str, annotation: Any, key: str) -> Any:
                 return _parse(text, option, key)
             except ValueError:
                 continue
-        names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
+        names = " or ".join("null" if o is type(None) else "a JSON list" if typing.get_origin(o) is tuple else o.__name__ for o in options)
         raise ValueError(f"{key}={text!r} must be {names}")
     if annotation is bool:
         if text.lower() in ("true", "1", "yes"):

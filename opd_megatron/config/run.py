@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -9,8 +10,10 @@ from typing import Any, Literal
 from opd_megatron.config.alignment import AlignmentConfig
 from opd_megatron.config.checks import require
 from opd_megatron.config.data import DataConfig, PrivilegedConfig
+from opd_megatron.config.effopd import EffOPDConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 from opd_megatron.config.models import StudentConfig, TeacherConfig
+from opd_megatron.config.modules import ModulesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,8 @@ class RunConfig:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     position_weights: PositionWeightsConfig = field(default_factory=PositionWeightsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    modules: ModulesConfig = field(default_factory=ModulesConfig)
+    effopd: EffOPDConfig = field(default_factory=EffOPDConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -154,6 +159,7 @@ class RunConfig:
         require(limit is None or limit < 2**31, f"training.micro_batch_tokens={limit} must be below 2**31, or null for no packing")
         require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
         require(abs(self.seed) < 2**63, f"seed={self.seed} must fit into 64 bits")
+        self._check_effopd()
         if self.training.objective == "opd":
             require(
                 self.teacher is not None,
@@ -181,6 +187,16 @@ class RunConfig:
                 ("loss.denominator", self.loss.denominator, "kept"),
             ):
                 require(chosen == plain, f"{key}={_as_word(chosen)} needs training.objective=opd, not {self.training.objective}; set it to {_as_word(plain)}")
+
+    def _check_effopd(self) -> None:
+        """Raise ValueError for a score that this run cannot give."""
+        if not self.effopd.enabled or self.effopd.score != "divergence":
+            return
+        require(self.training.objective == "opd", f"effopd.score=divergence needs training.objective=opd, not {self.training.objective}; set it to accuracy")
+        require(
+            self.teacher is None or self.teacher.staleness == 0,
+            "effopd.score=divergence needs the teacher between two batches, and teacher.staleness=1 has one under way then; set either to another value",
+        )
 
     def _check_alignment(self) -> None:
         """Raise ValueError for what has no meaning where student and teacher read other tokens."""
@@ -237,7 +253,8 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
-        return asdict(self)
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
 
 def _as_word(value: str | bool | None) -> str:

@@ -56,7 +56,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of the nested dictionary of a config. Mappings that are values themselves are told apart by name."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping) and name not in ("task_options", "chat_template_kwargs"):
+        if isinstance(value, Mapping) and name not in ("task_options", "chat_template_kwargs", "learning_rate_factors"):
             found |= leaves(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value
@@ -156,6 +156,21 @@ def test_nothing_else_changes() -> None:
     assert changed == dataclasses.replace(BASE, training=dataclasses.replace(BASE.training, steps=7))
     assert BASE.training.steps == TrainingConfig().steps
     assert apply_overrides(BASE, []) == BASE
+
+
+def test_a_list_of_numbers_is_a_tuple_that_survives_json() -> None:
+    config = apply_overrides(BASE, ["effopd.trigger_steps=[1, 2, 4]"])
+    assert config.effopd.trigger_steps == (1, 2, 4)
+    assert config.to_json()["effopd"]["trigger_steps"] == [1, 2, 4]
+    assert apply_overrides(config, ["effopd.trigger_steps=null"]) == BASE
+
+
+def test_extrapolation_is_due_after_powers_of_two_or_where_the_steps_say_so() -> None:
+    due = apply_overrides(BASE, ["effopd.enabled=true"]).effopd
+    assert [step for step in range(70) if due.is_due(step)] == [1, 2, 4, 8, 16, 32, 64]
+    named = apply_overrides(BASE, ["effopd.enabled=true", "effopd.trigger_steps=[3, 10]"]).effopd
+    assert [step for step in range(70) if named.is_due(step)] == [3, 10]
+    assert not any(BASE.effopd.is_due(step) for step in range(70))
 
 
 def test_the_last_of_two_values_wins() -> None:
@@ -317,6 +332,31 @@ BAD_VALUES = [
     ("alignment.kind=simct importance.rule=entropy_topk", "importance.rule=entropy_topk scores tokens, and alignment.kind=simct compares units"),
     ("alignment.kind=strict teacher.hf=null teacher.weights=initial", "teacher.weights=initial is the student itself, with its own tokenizer"),
     ("training.objective=sft alignment.kind=strict", "alignment.kind=strict needs training.objective=opd, not sft; set it to identity"),
+    ("effopd.max_k=0", "effopd.max_k=0 must be at least 1"),
+    ("effopd.spacing=0", "effopd.spacing=0.0 must be a positive number"),
+    ("effopd.min_gain=-1", "effopd.min_gain=-1.0 must be a finite number, not negative"),
+    ("effopd.trigger_steps=[0,1]", "effopd.trigger_steps=(0, 1) must be steps from 1 on, each once, in order"),
+    ("effopd.trigger_steps=[4,2]", "effopd.trigger_steps=(4, 2) must be steps from 1 on, each once, in order"),
+    ("effopd.trigger_steps=[]", "effopd.trigger_steps=() must be steps from 1 on"),
+    ("effopd.trigger_steps=4", "effopd.trigger_steps='4' must be a JSON list or null"),
+    ("effopd.trigger_steps=[true]", "effopd.trigger_steps='[true]' must be a JSON list or null"),
+    ("effopd.accept=better", "effopd.accept='better' must be one of gt, ge"),
+    ("effopd.prompts=0", "effopd.prompts=0 must be at least 1, or a source"),
+    ("effopd.prompts=", "effopd.prompts is empty"),
+    ("effopd.prompts=probe.jsonl effopd.hold_out=true", "effopd.prompts='probe.jsonl' is a source of its own; set it to false"),
+    ("effopd.samples_per_prompt=4", "effopd.samples_per_prompt=4 greedy samples would all be equal; set effopd.temperature"),
+    ("effopd.temperature=-1", "effopd.temperature=-1.0 must not be negative or infinite"),
+    ("effopd.modules=", "effopd.modules is empty"),
+    ("training.objective=sft effopd.enabled=true effopd.score=divergence", "effopd.score=divergence needs training.objective=opd, not sft"),
+    (
+        "teacher.placement=dedicated teacher.num_ranks=1 teacher.staleness=1 effopd.enabled=true effopd.score=divergence",
+        "teacher.staleness=1 has one under way then",
+    ),
+    ("modules.train=", "modules.train is empty; use all, measured, paper, or patterns"),
+    ("modules.probe_steps=0", "modules.probe_steps=0 must be at least 1"),
+    ("modules.freeze_share=1", "modules.freeze_share=1.0 must be in [0, 1)"),
+    ("modules.learning_rate_factors.mlp=0", "modules.learning_rate_factors={'mlp': 0} must be a positive number"),
+    ("modules.learning_rate_factors.mlp=fast", "modules.learning_rate_factors={'mlp': 'fast'} must be a positive number"),
     ("training.steps=0", "training.steps=0 must be at least 1"),
     ("training.micro_batch=0", "training.micro_batch=0 must be at least 1"),
     ("training.learning_rate=0", "training.learning_rate=0.0 must be positive"),

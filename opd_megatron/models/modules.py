@@ -1,0 +1,82 @@
+"""Parts of a model as people name them, attention, MLP, router, ...: which train (`modules.train`), which an extrapolation moves (`effopd.modules`).
+
+Everything here is about the rows of the weight map, so that a choice means the same in every layout.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor
+
+ModuleKind = Literal["embedding", "attention", "mlp", "router", "norm", "head"]
+
+# EffOPD's released code moves whatever has one of these in its Hugging Face name: `post_attention_layernorm` and q_norm among them, and a router's mlp.gate.
+# https://github.com/caiyuchen-ustc/EffOPD at ff75ade, fsdp_workers.py
+_RELEASED = (
+    *("attn", "self_attn", "attention", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("mlp", "feed_forward", "ffn", "gate_proj", "up_proj", "down_proj"),
+)
+_NORM = re.compile(r"layer_?norm(\.|_)weight$")
+
+
+def module_kind(row: MappedTensor) -> ModuleKind:
+    """Return what a tensor is part of. Norms are norms wherever Transformer Engine fuses them; biases belong to their matrices, experts to the MLPs."""
+    name = row.megatron
+    if name in (EMBEDDING, HEAD):
+        return "embedding" if name == EMBEDDING else "head"
+    if _NORM.search(name):
+        return "norm"
+    if ".mlp.router." in name:
+        return "router"
+    return "attention" if ".self_attention." in name else "mlp"
+
+
+def layer_of(row: MappedTensor) -> int | None:
+    """Return the layer of a tensor, counted from 0; None for the embedding, the last norm and the head."""
+    found = re.match(r"decoder\.layers\.(\d+)\.", row.megatron)
+    return int(found[1]) if found else None
+
+
+def chosen_rows(choice: str, rows: Sequence[MappedTensor]) -> list[MappedTensor]:
+    """Return the rows that a choice names, in order; ValueError for a word that names nothing, and for half of a tensor.
+
+    A choice is words with commas between. A word is `all`, `paper` (attention and MLP matrices with their biases: what EffOPD describes), `released` (what
+    its published code matches), a kind (`attention`, `mlp`, `embedding`, `norm`, `router`, `head`), or a pattern with * of Megatron-Core or Hugging Face
+    names. Words with ! in front take away; where the first one does, the choice begins with all.
+    """
+    words = [word.strip() for word in choice.split(",")]
+    chosen = {row.name for row in rows} if words[0].startswith("!") else set()
+    for word in words:
+        named = {row.name for row in rows if _is_named(word.removeprefix("!"), row)}
+        if not named:
+            raise ValueError(f"{word!r} names no tensor of this model; {_close(word.removeprefix('!'), rows)}")
+        chosen = chosen - named if word.startswith("!") else chosen | named
+    return [row for row in rows if row.name in chosen]
+
+
+def _is_named(word: str, row: MappedTensor) -> bool:
+    if word in ("all", "paper", "released"):
+        return word == "all" or (module_kind(row) in ("attention", "mlp") if word == "paper" else any(part in name for name in row.hf for part in _RELEASED))
+    if word in get_args(ModuleKind):
+        return module_kind(row) == word
+    if fnmatchcase(row.name, word) or fnmatchcase(row.megatron, word):
+        return True
+    matched = [fnmatchcase(name, word) for name in row.hf]
+    if any(matched) and not all(matched):
+        raise ValueError(
+            f"{word!r} names {matched.count(True)} of {', '.join(row.hf)}, which Megatron-Core keeps in one tensor, {row.megatron}; name all of them"
+        )
+    return all(matched)
+
+
+def _close(word: str, rows: Sequence[MappedTensor]) -> str:
+    names = [name for row in rows for name in (row.megatron, *row.hf)]
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    return (
+        f"did you mean {', '.join(close)}?" if close else f"use all, paper, released, one of {', '.join(get_args(ModuleKind))}, or a pattern such as {names[1]}"
+    )
