@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import ModelChunks
 from opd_megatron.models.hf_folder import HFFolder, copy_assets, folder_written_whole, open_hf_folder, read_architecture
-from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor, local_slice, name_in_layer, to_hf, to_megatron, vocab_slice, weight_map
+from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor, name_in_layer, weight_map
+from opd_megatron.models.weight_slices import local_slice, to_hf, to_megatron, vocab_slice
 from opd_megatron.parallel.groups import ModelGroups
 
 # A checkpoint carries the Hugging Face files that are not weights here, so it knows its own architecture and tokenizer.

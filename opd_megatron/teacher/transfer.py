@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import ModelChunks
-from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor, joined_slices, local_slice, sliced_shape, vocab_slice, weight_map
+from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor, weight_map
+from opd_megatron.models.weight_slices import joined_slices, local_slice, sliced_shape, vocab_slice
 from opd_megatron.models.weights import named_global_parameters
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import Bridge

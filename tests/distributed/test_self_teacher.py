@@ -16,7 +16,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from opd_megatron.config import LossConfig, PrivilegedConfig, RunConfig, TeacherConfig
-from opd_megatron.models.weight_map import to_hf, weight_map
+from opd_megatron.models.weight_map import weight_map
+from opd_megatron.models.weight_slices import to_hf
 from opd_megatron.models.weights import CheckpointWeights, open_weights
 from opd_megatron.parallel.groups import student_groups
 from opd_megatron.parallel.world import worlds

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import read_architecture
-from opd_megatron.models.weight_map import MappedTensor, local_slice, to_hf, to_megatron, weight_map
+from opd_megatron.models.weight_map import MappedTensor, weight_map
+from opd_megatron.models.weight_slices import local_slice, to_hf, to_megatron
 from tests.model_configs import architecture_of, refusal
 from tests.tiny import write_tiny_model
 

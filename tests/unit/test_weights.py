@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from opd_megatron.models import weights
-from opd_megatron.models.weight_map import to_hf, weight_map
+from opd_megatron.models.weight_map import weight_map
+from opd_megatron.models.weight_slices import to_hf
 from opd_megatron.models.weights import export_hf, open_weights
 from tests.model_configs import edit_json, refusal
 from tests.tiny import write_tiny_model
