@@ -195,6 +195,20 @@ def forget_routes(chunks: ModelChunks) -> None:
         kept.update({name: None for name, value in kept.items() if isinstance(value, torch.Tensor) and value.grad_fn is not None})
 
 
+def keep_recomputed_gradients(chunks: ModelChunks) -> None:
+    """Let layers that are computed again in the backward have gradients behind an embedding that does not train.
+
+    Megatron-Core's checkpoint is a function of a layer's input alone: where that needs no gradient, the layer's weights silently get none.
+    """
+
+    def mark(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+    for model in chunks:
+        if model.pre_process:
+            model.embedding.register_forward_hook(mark)
+
+
 @contextmanager
 def hidden_states_only(chunks: ModelChunks) -> Iterator[None]:
     """Make the last stage's forward return final hidden states [B, S, H] (S / tensor under sequence parallelism) instead of logits.

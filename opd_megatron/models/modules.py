@@ -42,12 +42,18 @@ def layer_of(row: MappedTensor) -> int | None:
     return int(found[1]) if found else None
 
 
+def module_of(row: MappedTensor) -> str:
+    """Return the module of a tensor, one kind in one layer, as choices name it: `layers.3.mlp`, `embedding`."""
+    layer = layer_of(row)
+    return module_kind(row) if layer is None else f"layers.{layer}.{module_kind(row)}"
+
+
 def chosen_rows(choice: str, rows: Sequence[MappedTensor]) -> list[MappedTensor]:
     """Return the rows that a choice names, in order; ValueError for a word that names nothing, and for half of a tensor.
 
     A choice is words with commas between. A word is `all`, `paper` (attention and MLP matrices with their biases: what EffOPD describes), `released` (what
-    its published code matches), a kind (`attention`, `mlp`, `embedding`, `norm`, `router`, `head`), or a pattern with * of Megatron-Core or Hugging Face
-    names. Words with ! in front take away; where the first one does, the choice begins with all.
+    its published code matches), a kind (`attention`, `mlp`, `embedding`, `norm`, `router`, `head`), a kind in one layer (`layers.3.mlp`), or a pattern with *
+    of Megatron-Core or Hugging Face names. Words with ! in front take away; where the first one does, the choice begins with all.
     """
     words = [word.strip() for word in choice.split(",")]
     chosen = {row.name for row in rows} if words[0].startswith("!") else set()
@@ -62,8 +68,10 @@ def chosen_rows(choice: str, rows: Sequence[MappedTensor]) -> list[MappedTensor]
 def _is_named(word: str, row: MappedTensor) -> bool:
     if word in ("all", "paper", "released"):
         return word == "all" or (module_kind(row) in ("attention", "mlp") if word == "paper" else any(part in name for name in row.hf for part in _RELEASED))
+    if word in (module_kind(row), module_of(row)):
+        return True
     if word in get_args(ModuleKind):
-        return module_kind(row) == word
+        return False
     if fnmatchcase(row.name, word) or fnmatchcase(row.megatron, word):
         return True
     matched = [fnmatchcase(name, word) for name in row.hf]

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from opd_megatron.config import TrainingConfig
 from opd_megatron.models.gpt import DTYPES
 
 
-def build_optimizer(chunks: Sequence[DistributedDataParallel], training: TrainingConfig) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """Return the optimizer and the learning-rate schedule; the schedule's state is the step number alone."""
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], training: TrainingConfig, factors: Mapping[torch.nn.Parameter, float]
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """Return the optimizer of all parameters that require a gradient, and the learning-rate schedule, whose state is the step number alone.
+
+    `factors` scale the rate of some parameters. A rank may have no parameter at all.
+    """
     _restore_adam_step()
+    _state_without_parameters()
     _place_buckets_where_parameters_are_read()
     config = OptimizerConfig(
         optimizer="adam",
@@ -34,7 +42,10 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], training: Trainin
         params_dtype=DTYPES[training.precision],
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(config, list(chunks))
+    overrides = {**get_standard_config_overrides(config), **_rate_overrides(training, factors)}
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    # Where experts alone train, the part for the others is a stub on every rank, which cannot be saved.
+    optimizer.chained_optimizers = [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0 if training.warmup_steps else training.learning_rate,
@@ -52,6 +63,22 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], training: Trainin
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _rate_overrides(training: TrainingConfig, factors: Mapping[torch.nn.Parameter, float]) -> dict[ParamKey, Any]:
+    """Return Megatron-Core's overrides, one for each factor. The schedule reads the rates; `lr_mult` tells the groups apart when a checkpoint is loaded."""
+    overrides = {}
+    for factor in sorted(set(factors.values())):
+        scaled = frozenset(id(parameter) for parameter, own in factors.items() if own == factor)
+        key = ParamKey(predicate=ParamPredicate(name=f"learning_rate_times_{factor}", fn=lambda parameter, scaled=scaled: id(parameter) in scaled))
+        overrides[key] = {"max_lr": training.learning_rate * factor, "min_lr": training.min_learning_rate * factor, "lr_mult": factor}
+    return overrides
+
+
+def learning_rate(optimizer: ChainedOptimizer) -> float:
+    """Return the rate of parameters whose factor is 1."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / group["lr_mult"]
 
 
 def gradient_norm(optimizer: ChainedOptimizer) -> float:
@@ -82,10 +109,19 @@ def optimizer_state(optimizer: ChainedOptimizer) -> list[torch.Tensor]:
 
 
 def prime_adam(optimizer: ChainedOptimizer) -> None:
-    """Give PyTorch's Adam the state of no update where it has none: DistributedOptimizer.state_dict reads every 'step'."""
+    """Give PyTorch's Adam the state of no update where it has none: DistributedOptimizer.state_dict reads every 'step'. Every rank calls it.
+
+    A rank without parameters learns the step from the others: rank 0's is the one that a checkpoint keeps.
+    """
+    steps = [0.0]
     for state, parameter in _adam_states(optimizer):
         if not state:
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        steps.append(float(state["step"]))
+    largest = torch.tensor([max(steps)], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    for part in optimizer.chained_optimizers:
+        part.step_elsewhere = float(largest)
 
 
 def unshare_adam_step(optimizer: ChainedOptimizer) -> None:
@@ -102,6 +138,19 @@ def has_finite_state(optimizer: ChainedOptimizer) -> bool:
     """Return whether every master weight and moment of this rank is a finite number; where Adam is not PyTorch's, nothing is known to be wrong."""
     values = [value for state, parameter in _adam_states(optimizer) for value in (parameter.detach(), *state.values())]
     return all(bool(value.isfinite().all()) for value in values if isinstance(value, torch.Tensor))
+
+
+def restart_adam(optimizer: ChainedOptimizer) -> None:
+    """Begin the moments anew, as if there had been no update."""
+    for part in optimizer.chained_optimizers:
+        inner = getattr(part, "optimizer", None)
+        for group in inner.param_groups if inner is not None else ():
+            if "step" in group:
+                group["step"] = 0
+            for state in (inner.state[parameter] for parameter in group["params"]):
+                for value in state.values():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
 
 
 def _adam_states(optimizer: ChainedOptimizer) -> list[tuple[dict[str, Any], torch.nn.Parameter]]:
@@ -124,6 +173,26 @@ def _restore_adam_step() -> None:
 
     set_states.keeps_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _state_without_parameters() -> None:
+    """Let a rank without a single parameter to train be saved: DistributedOptimizer.state_dict asserts that its Adam has one 'step' (0.16.1 to 0.19.2).
+
+    A pipeline stage whose layers are frozen has none, nor has a data-parallel rank whose share of the few that train is empty.
+    """
+    original = DistributedOptimizer.state_dict
+    if getattr(original, "takes_none", False):
+        return
+
+    def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+        """Return what the original does, {"optimizer": {"param_groups": [...]}}; without parameters, with the step of the other ranks."""
+        if not isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW) or self.optimizer.state:
+            return original(self)
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.state_dict()["param_groups"]]
+        return {"optimizer": {"param_groups": [{**group, "step": getattr(self, "step_elsewhere", 0.0)} for group in groups]}}
+
+    state_dict.takes_none = True  # type: ignore[attr-defined]
+    DistributedOptimizer.state_dict = state_dict
 
 
 def _place_buckets_where_parameters_are_read() -> None:

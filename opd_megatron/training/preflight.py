@@ -13,6 +13,7 @@ from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 from opd_megatron.models.limits import check_length
 from opd_megatron.reporting.run_directory import RunDirectory
+from opd_megatron.training.allocation import check_modules
 from opd_megatron.training.layouts import check_layouts
 
 
@@ -27,6 +28,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _open_model("student", config.student)
     check_length(config, "student", student)
+    check_modules(config.modules, config.effopd.modules if config.effopd.enabled else None, student)
     if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
         raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
     teacher = config.teacher_source

@@ -24,18 +24,20 @@ from opd_megatron.align.vocabulary import SharedVocabulary
 from opd_megatron.config import RunConfig
 from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics
-from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only
+from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only, keep_recomputed_gradients
 from opd_megatron.models.layers import packed_sequences
-from opd_megatron.models.weights import WeightSource, load_model
+from opd_megatron.models.weight_map import EMBEDDING
+from opd_megatron.models.weights import WeightSource, load_model, named_global_parameters
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.offload import Offloaded
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.teacher import TeacherRows
+from opd_megatron.training.allocation import Allocation
 from opd_megatron.training.average import MovingAverage
 from opd_megatron.training.batching import MicroBatches
 from opd_megatron.training.objective import Distillation, MicroBatch, Objective
-from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm, optimizer_state
+from opd_megatron.training.optimizer import build_optimizer, clip_and_update, gradient_norm, learning_rate, optimizer_state
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Student:
         self.groups = groups
         self.device = device
         self.architecture = source.architecture
+        self.training = config.training
         self.batches = TrainingBatches.of(config, groups.data_size)
         self.padded_vocab = source.architecture.padded_vocab_size(groups.layout.tensor, config.student.vocab_multiple)
         self.model = build_gpt(
@@ -107,15 +110,39 @@ class Student:
         with shared_errors():
             load_model(self.model, groups, source, vocab_multiple=config.student.vocab_multiple)
         self._is_half = config.training.precision == "bf16"
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self.ddp = [DistributedDataParallel(chunk.config, ddp_config, Float16Module(chunk.config, chunk) if self._is_half else chunk) for chunk in self.model]
         self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer, self.scheduler = build_optimizer(self.ddp, config.training)
         # Of the weights over the steps, where that is the teacher.
         self.average: MovingAverage | None = None
         self._offloads = config.training.offload_optimizer
         self._offloaded: Offloaded | None = None
+        self.ddp: list[DistributedDataParallel] = []
+        self.train_only(Allocation.of(config.modules, source.architecture))
+
+    def train_only(self, allocation: Allocation) -> None:
+        """Train these tensors from here on, with an optimizer that knows nothing yet; the others stay as they are."""
+        self._leave_buffers()
+        factors = {}
+        for name, parameter in named_global_parameters(self.model, self.architecture):
+            parameter.requires_grad_(name in allocation.trained)
+            if name in allocation.factors:
+                factors[parameter] = allocation.factors[name]
+        if self.training.recompute == "full" and EMBEDDING not in allocation.trained:
+            keep_recomputed_gradients(self.model)
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.ddp = [DistributedDataParallel(chunk.config, ddp_config, Float16Module(chunk.config, chunk) if self._is_half else chunk) for chunk in self.model]
+        self.optimizer, self.scheduler = build_optimizer(self.ddp, self.training, factors)
+        self.allocation, self._offloaded = allocation, None
         self._leave()
+
+    def _leave_buffers(self) -> None:
+        """Take the parameters out of the buffers of an earlier DistributedDataParallel, and its hooks off them."""
+        for chunk in self.ddp:
+            # They hold one another in a circle through C++, which Python never collects.
+            chunk.grad_accs.clear()
+        for parameter in self.model.parameters() if self.ddp else ():
+            parameter.data = parameter.data.clone()
+            parameter.__dict__.pop("main_grad", None)
+        self.ddp = []
 
     def paired_shard(self, vocabulary: SharedVocabulary) -> PairedShard:
         """Return how this rank's columns of the vocabulary are paired with another one."""
@@ -199,7 +226,7 @@ class Student:
 
     @property
     def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return learning_rate(self.optimizer)
 
     def _run_schedule(self, micro_batches: MicroBatches, loss: LossFunction, *, forward_only: bool) -> list[torch.Tensor]:
         """Run Megatron's pipeline schedule over this replica's micro-batches; return what `loss` reports of each, on the last stage."""

@@ -1,0 +1,145 @@
+"""A student of which only some modules train: which tensors move, that layouts agree, that runs resume, what is saved.
+
+Not covered: GPUs; the words of a choice, which are in tests/unit/test_modules.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd_megatron.config import CheckpointConfig, ModulesConfig, RunConfig, apply_overrides
+from opd_megatron.models.modules import chosen_rows
+from opd_megatron.models.weight_map import weight_map
+from opd_megatron.models.weights import open_weights
+from tests.pool import RankPool
+from tests.runs import LAYOUTS, metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher
+
+
+def config_of(models: Path, train: str, layout: str | None = None, *overrides: str) -> tuple[RunConfig, int]:
+    student, teacher, world_size = LAYOUTS[layout] if layout is not None else ({}, {}, 1)
+    config = dataclasses.replace(with_teacher(small_config(models, **student), **teacher), modules=ModulesConfig(train=train))
+    return apply_overrides(config, overrides), world_size
+
+
+def moved_tensors(models: Path, run: Path) -> set[str]:
+    before, after = load_file(models / "student" / "model.safetensors"), weights_of(run)
+    return {name for name in after if not torch.equal(before[name], after[name])}
+
+
+def named(models: Path, choice: str) -> set[str]:
+    rows = weight_map(open_weights(hf=str(models / "student")).architecture)
+    return {name for row in chosen_rows(choice, rows) for name in row.hf}
+
+
+CASES = [
+    ("paper", "TP2xPP2+SP, teacher PP2", ()),
+    # The first stage has nothing to train, and its chunks no buffer.
+    ("layers.3.mlp", "PP2", ()),
+    ("layers.3.norm", "PP2xVPP2", ()),
+    ("!embedding", "PP2", ("training.recompute=full",)),
+    pytest.param("paper", "DP2xPP2, teacher TP2", (), marks=pytest.mark.slow),
+    pytest.param("embedding", "TP2xPP2", (), marks=pytest.mark.slow),
+    pytest.param("norm", "TP2+SP", (), marks=pytest.mark.slow),
+    pytest.param("attention", "CP2xPP2, teacher CP2", (), marks=pytest.mark.slow),
+    pytest.param("layers.0.mlp", "one rank, one of the teacher's own", ("training.recompute=full",), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("train", "layout", "overrides"), CASES)
+def test_what_is_chosen_trains_alike_in_every_layout_and_the_rest_keeps_its_bits(
+    models: Path, pool: RankPool, recorded: Path, tmp_path: Path, train: str, layout: str, overrides: tuple[str, ...]
+) -> None:
+    for name in (None, layout):
+        config, world_size = config_of(models, train, name, *overrides, f"rollout.replay={recorded}")
+        pool.run(run_job, config, tmp_path / str(name), world_size=world_size)
+    assert moved_tensors(models, tmp_path / layout) == named(models, train)
+    reference, ours = weights_of(tmp_path / "None"), weights_of(tmp_path / layout)
+    for one, two in zip(metrics_of(tmp_path / "None"), metrics_of(tmp_path / layout), strict=True):
+        assert [two[key] for key in ("loss", "grad_norm")] == pytest.approx([one[key] for key in ("loss", "grad_norm")], rel=1e-5)
+    for name in reference:
+        # Adam divides by the root of tiny squares in its first steps: differences of sums are enlarged.
+        torch.testing.assert_close(ours[name], reference[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["PP2", pytest.param("DP2", marks=pytest.mark.slow)])
+def test_a_rank_with_nothing_to_train_is_saved_and_resumed_bit_for_bit(models: Path, pool: RankPool, tmp_path: Path, layout: str) -> None:
+    """Rank 0 has nothing, and it is the one whose step of Adam a checkpoint keeps; of one norm the second replica's share is empty."""
+    config, world_size = config_of(models, "layers.3.mlp" if layout == "PP2" else "decoder.final_layernorm.weight", layout, "training.steps=4")
+    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
+    pool.run(run_until_step, config, tmp_path / "parts", 2, world_size=world_size)
+    pool.run(run_job, config, tmp_path / "parts", world_size=world_size)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert moved_tensors(models, tmp_path / "parts")
+
+
+def test_a_frozen_student_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    whole, world_size = config_of(models, "layers.2.mlp,layers.3.attention", "TP2xPP2", "training.steps=4")
+    pool.run(run_job, whole, tmp_path / "whole", world_size=world_size)
+    pool.run(run_until_step, whole, tmp_path / "parts", 2, world_size=world_size)
+    other, world_size = config_of(models, "layers.2.mlp,layers.3.attention", "DP2", "training.steps=4")
+    pool.run(run_job, other, tmp_path / "parts", world_size=world_size)
+    for one, two in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def held_bytes(config: RunConfig) -> dict[str, int]:
+    """Return the bytes of gradients and optimizer on this rank."""
+    from opd_megatron.parallel.groups import student_groups
+    from opd_megatron.training.optimizer import optimizer_state, prime_adam
+    from opd_megatron.training.student import Student
+    from tests.planned import buffers, storages
+
+    student = Student(config, open_weights(hf=config.student.hf), student_groups(config.student.layout, 1), torch.device("cpu"))
+    prime_adam(student.optimizer)
+    own = {name: sum(storages(tensors).values()) for name, tensors in (("gradients", [b.grad_data for b in buffers(student)]),)}
+    return {**own, "optimizer": sum(storages(optimizer_state(student.optimizer)).values())}
+
+
+def test_what_does_not_train_costs_no_gradient_and_no_optimizer(models: Path, pool: RankPool) -> None:
+    """The gradient buffer is also what data-parallel ranks exchange."""
+    config, world_size = config_of(models, "layers.3.mlp", "PP2")
+    first, last = pool.run(held_bytes, config, world_size=world_size)
+    assert first == {"gradients": 0, "optimizer": 0}
+    numbers = 3 * 64 * 96
+    assert last["gradients"] == pytest.approx(4 * numbers, rel=0.01)
+    assert last["optimizer"] == pytest.approx(8 * numbers, rel=0.01)
+
+
+def first_step(config: RunConfig, run: Path) -> dict[str, Any]:
+    pool_config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1), checkpoint=CheckpointConfig())
+    return {"status": run_job(pool_config, run)}
+
+
+@pytest.mark.parametrize("layout", [None, "TP2xPP2"])
+def test_learning_rates_are_scaled_by_module(models: Path, pool: RankPool, recorded: Path, tmp_path: Path, layout: str | None) -> None:
+    """Adam's first step is the learning rate times the sign of the gradient, wherever that is not tiny."""
+    factors = 'modules.learning_rate_factors={"mlp": 0.5, "layers.1.mlp": 3}'
+    config, world_size = config_of(models, "all", layout, factors, f"rollout.replay={recorded}", "training.warmup_steps=0")
+    pool.run(first_step, config, tmp_path / "run", world_size=world_size)
+    before, after = load_file(models / "student" / "model.safetensors"), weights_of(tmp_path / "run")
+
+    def largest(name: str) -> float:
+        return float((after[name] - before[name]).abs().max())
+
+    rate = config.training.learning_rate
+    assert largest("model.layers.0.mlp.down_proj.weight") == pytest.approx(0.5 * rate, rel=1e-3)
+    assert largest("model.layers.1.mlp.down_proj.weight") == pytest.approx(3 * rate, rel=1e-3)
+    assert largest("model.layers.1.self_attn.o_proj.weight") == pytest.approx(rate, rel=1e-3)
+    assert metrics_of(tmp_path / "run")[0]["lr"] == pytest.approx(rate)
+
+
+def test_scaled_rates_survive_a_resume_bit_for_bit(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    factors = ('modules.learning_rate_factors={"mlp": 0.5, "layers.1.mlp": 3, "layers.2.attention": 2}', "training.steps=4", "training.lr_schedule=cosine")
+    config, world_size = config_of(models, "!embedding", "PP2", *factors)
+    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
+    pool.run(run_until_step, config, tmp_path / "parts", 2, world_size=world_size)
+    pool.run(run_job, config, tmp_path / "parts", world_size=world_size)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
