@@ -9,13 +9,14 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
@@ -174,7 +175,7 @@ def load_model(model: ModelChunks, groups: ModelGroups, source: WeightSource, *,
             parameter.copy_(local_slice(row, source.read(row), tensor_rank=rank, tensor_size=size, padded_vocab=padded))
 
 
-def named_global_parameters(model: ModelChunks, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_global_parameters(model: Iterable[GPTModel], architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield every parameter of this rank with the name of its row in the weight map; a tied head answers to the embedding's."""
     for chunk in model:
         for name, parameter in chunk.named_parameters():

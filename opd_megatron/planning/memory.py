@@ -83,28 +83,32 @@ def rank_memory(rank: PlannedRank) -> RankMemory:
 
 def _states(rank: PlannedRank, student: PlannedModel) -> list[Term]:
     """Weights, gradients and optimizer of the student; offloaded, the last two are there in training only."""
-    count, num_expert, itemsize = student.counts.num_parameters, student.counts.num_expert_parameters, student.dtype.itemsize
+    counts, itemsize = student.counts, student.dtype.itemsize
     master = 0 if student.dtype == torch.float32 else FP32_BYTES
-    shares = ((count - num_expert, student.groups.num_writers), (num_expert, student.num_expert_copies))
-    over = f"the {student.groups.num_writers} ranks of DP x CP" + (f", of experts over {student.num_expert_copies} that hold the same" if num_expert else "")
     updating: Phase = "train" if rank.config.training.offload_optimizer else "always"
     averaged = rank.config.scoring_teacher is not None and rank.config.scoring_teacher.weights == "ema"
+    frozen = f" of the {counts.num_trained:,} parameters that train" if counts.num_trained < counts.num_parameters else ""
+    over = f"the {student.groups.num_writers} ranks of DP x CP"
+    if counts.num_expert_parameters:
+        over += f", of experts over {student.num_expert_copies} that hold the same"
+    average = max(_shared_bytes(student, counts.num_parameters, counts.num_expert_parameters, FP32_BYTES), FP32_BYTES * _largest_slice(student))
     return [
-        Term(
-            name="average",
-            phase="always",
-            num_bytes=averaged * max(sum(-(-number * FP32_BYTES // num_ranks) for number, num_ranks in shares), FP32_BYTES * _largest_slice(student)),
-            why=f"fp32 weights of the teacher, whole slices spread over {over}",
-        ),
-        Term(name="weights", phase="always", num_bytes=count * itemsize, why=f"{count:,} parameters of {itemsize} bytes"),
-        Term(name="gradients", phase=updating, num_bytes=count * FP32_BYTES, why="fp32 buffer of DistributedDataParallel"),
+        Term(name="average", phase="always", num_bytes=averaged * average, why=f"fp32 weights of the teacher, whole slices spread over {over}"),
+        Term(name="weights", phase="always", num_bytes=counts.num_parameters * itemsize, why=f"{counts.num_parameters:,} parameters of {itemsize} bytes"),
+        Term(name="gradients", phase=updating, num_bytes=counts.num_trained * FP32_BYTES, why=f"fp32 buffer of DistributedDataParallel{frozen}"),
         Term(
             name="optimizer",
             phase=updating,
-            num_bytes=sum(-(-number * (master + 2 * FP32_BYTES) // num_ranks) for number, num_ranks in shares),
-            why=f"fp32 {'master weights and ' if master else ''}two moments, split over {over}; padding ignored",
+            num_bytes=_shared_bytes(student, counts.num_trained, counts.num_trained_expert, master + 2 * FP32_BYTES),
+            why=f"fp32 {'master weights and ' if master else ''}two moments{frozen}, split over {over}; padding ignored",
         ),
     ]
+
+
+def _shared_bytes(student: PlannedModel, count: int, num_expert: int, itemsize: int) -> int:
+    """Return this rank's share of `count` numbers, `num_expert` of them of experts, that ranks with the same parameters split among them."""
+    shares = ((count - num_expert, student.groups.num_writers), (num_expert, student.num_expert_copies))
+    return sum(-(-number * itemsize // num_ranks) for number, num_ranks in shares)
 
 
 def _largest_slice(student: PlannedModel) -> int:
@@ -141,8 +145,8 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> lis
             num_bytes = 2 * itemsize * num_positions * architecture.hidden_size
             why = f"hidden states [{num_positions:,}, H] of all {layout.context} windows, between which units may lie, and their gradient"
             terms.append(Term(name="gathered windows", phase="train", num_bytes=num_bytes, why=why))
-    # A product of bf16 matrices is a new fp32 tensor before it is added; an fp32 one is added in place.
-    heads = 1 if student.dtype == torch.float32 else 2
+    # A product of bf16 matrices is a new fp32 tensor before it is added; an fp32 one is added in place; a head that does not train has no gradient.
+    heads = 0 if not student.counts.num_trained_head else 1 if student.dtype == torch.float32 else 2
     return [
         *terms,
         Term(

@@ -1,7 +1,8 @@
 """What one rank sends in one optimizer step, by process group: how many messages and of how many bytes.
 
 Bytes are those of the tensor that a collective works on, not of the traffic that an algorithm makes of it. Left out: a handful of scalars a step
-(sums of the loss, the gradient norm), the exchange of sampled tokens, and evaluation. Tokens are taken to visit all experts equally often.
+(sums of the loss, the gradient norm), the exchange of sampled tokens, evaluation, and the probes of EffOPD. Where modules are frozen, the backward's messages
+are those of a student that trains whole: autograd leaves out some, below the first layer that trains. Tokens are taken to visit all experts equally often.
 Shapes: B sequences, S padded length, T scored positions of a micro-batch, N tokens of one chunk, H / G hidden sizes.
 """
 
@@ -229,17 +230,16 @@ def _loss(rank: PlannedRank, shape: StepShape) -> Iterator[Message]:
 def _optimizer(rank: PlannedRank, student: PlannedModel) -> Iterator[Message]:
     """Once a step: gradients to the replica that updates them, updated weights back."""
     groups, layout = student.groups, student.groups.layout
-    at_an_end = groups.is_first_stage or groups.is_last_stage
-    tied = rank.padded_vocab // layout.tensor * student.known.architecture.hidden_size
-    shared = tied if student.known.architecture.tied and layout.pipeline > 1 and at_an_end else 0
+    counts = student.counts
+    shared = counts.num_trained_head if student.known.architecture.tied and layout.pipeline > 1 else 0
     data, experts = ("student DP x CP", groups.num_writers), ("student expert DP", student.num_expert_copies)
     # Megatron-Core has an optimizer of its own for experts, and each of the two gathers the weights of both.
-    gathers = 2 if student.counts.num_expert_parameters else 1
+    gathers = 2 if 0 < counts.num_trained_expert < counts.num_trained else 1
     # An embedding that two stages share has a bucket of its own, experts a buffer, and every chunk its own buffers.
     for count, what, (group, num_ranks), times in (
-        (student.counts.num_parameters - student.counts.num_expert_parameters - shared, "parameters", data, layout.virtual),
+        (counts.num_trained - counts.num_trained_expert - shared, "parameters", data, max(1, counts.num_trained_chunks)),
         (shared, "parameters of the tied embedding", data, 1),
-        (student.counts.num_expert_parameters, "parameters of experts", experts, layout.virtual),
+        (counts.num_trained_expert, "parameters of experts", experts, max(1, counts.num_trained_expert_chunks)),
     ):
         if num_ranks > 1 and count:
             gradients, weights, each = f"gradients of {count:,} {what}, fp32", f"{count:,} updated {what}", count // times
@@ -248,7 +248,7 @@ def _optimizer(rank: PlannedRank, student: PlannedModel) -> Iterator[Message]:
     if shared:
         why = "gradient of the tied embedding [W, H], fp32, between first and last stage"
         yield Message(phase="optimizer", group="student PP ends", operation="all-reduce", count=1, num_bytes=FP32_BYTES * shared, why=why)
-    if partial := student.counts.num_partial_parameters:
+    if partial := counts.num_trained_partial:
         why = "gradients of norms that saw a part of the sequence, or of the heads, fp32"
         yield Message(phase="optimizer", group="student TP", operation="all-reduce", count=1, num_bytes=FP32_BYTES * partial, why=why)
 

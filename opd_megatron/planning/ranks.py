@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opd_megatron.config import ParallelLayout, RunConfig
+from opd_megatron.config import ModulesConfig, ParallelLayout, RunConfig
+from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import DTYPES, build_gpt
+from opd_megatron.models.weight_map import EMBEDDING, HEAD
+from opd_megatron.models.weights import named_global_parameters
 from opd_megatron.parallel.cpu import enable_cpu_backend
 from opd_megatron.parallel.groups import ModelGroups, forget_student_groups, student_groups, teacher_groups
 from opd_megatron.parallel.layout import RankGrid
@@ -31,10 +34,19 @@ class Counts:
 
     num_layers: int
     num_parameters: int
-    # Of experts, whose copies are on other ranks than those of the other parameters.
+    # Those that train (`modules.train`; of `measured`, which is not known before, all), and of them ...
+    num_trained: int
+    # ... those of experts, whose copies are on other ranks than those of the other parameters,
+    num_trained_expert: int
+    # those that are whole on every tensor rank, each of which has only a part of their gradient,
+    num_trained_partial: int
+    # and those of the head, or of the embedding that is it.
+    num_trained_head: int
+    # Chunks of the pipeline with a parameter that trains and is none of the above ones of experts or of the head, and with one of experts.
+    num_trained_chunks: int
+    num_trained_expert_chunks: int
+    # All of experts.
     num_expert_parameters: int
-    # Whole on every tensor rank, each of which has only a part of their gradient.
-    num_partial_parameters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,26 +114,44 @@ def _plan_model(config: RunConfig, role: str, known: KnownModel, grid: RankGrid,
     precision = config.training.precision
     with _fake_world(rank - grid.first_rank, grid.num_ranks), _on_meta_device():
         groups = student_groups(grid.layout, config.seed) if role == "student" else teacher_groups(grid.layout)
-        counts = _count(known.architecture, groups, precision, config.student.vocab_multiple if role == "student" else 1)
+        vocab_multiple, train = (config.student.vocab_multiple, config.modules) if role == "student" else (1, ModulesConfig())
+        counts = _count(known.architecture, groups, precision, vocab_multiple, Allocation.of(train, known.architecture).trained)
     return PlannedModel(known=known, groups=groups, counts=counts, dtype=DTYPES[precision])
 
 
 # Of what was built before, whatever the world was: thousands of experts take seconds to build.
-_counted: dict[tuple[Architecture, ParallelLayout, int, str, int], Counts] = {}
+_counted: dict[tuple[Architecture, ParallelLayout, int, str, int, frozenset[str]], Counts] = {}
 
 
-def _count(architecture: Architecture, groups: ModelGroups, precision: Literal["bf16", "fp32"], vocab_multiple: int) -> Counts:
+def _count(architecture: Architecture, groups: ModelGroups, precision: Literal["bf16", "fp32"], vocab_multiple: int, trained: frozenset[str]) -> Counts:
     """Return the counts of the model that a rank with these groups builds."""
-    key = (architecture, groups.layout, groups.stage, precision, vocab_multiple)
+    key = (architecture, groups.layout, groups.stage, precision, vocab_multiple, trained)
     if key not in _counted:
         model = build_gpt(architecture, groups, precision=precision, vocab_multiple=vocab_multiple)
-        parameters = dict(model.named_parameters())
-        partial = [parameter for name, parameter in parameters.items() if getattr(parameter, "sequence_parallel", False) or _HEAD_NORM.search(name)]
+        chunks = [list(named_global_parameters([chunk], architecture)) for chunk in model]
+        parameters = [pair for chunk in chunks for pair in chunk]
+        training = [(name, parameter) for name, parameter in parameters if name in trained]
+        head = EMBEDDING if architecture.tied else HEAD
+
+        def numbers(chosen: Iterable[tuple[str, torch.nn.Parameter]]) -> int:
+            return sum(parameter.numel() for _, parameter in chosen)
+
+        def is_partial(name: str, parameter: torch.nn.Parameter) -> bool:
+            return groups.layout.tensor > 1 and (getattr(parameter, "sequence_parallel", False) or bool(_HEAD_NORM.search(name)))
+
+        def is_expert(parameter: torch.nn.Parameter) -> bool:
+            return not getattr(parameter, "allreduce", True)
+
         _counted[key] = Counts(
             num_layers=sum(len(chunk.decoder.layers) for chunk in model),
-            num_parameters=sum(parameter.numel() for parameter in parameters.values()),
-            num_expert_parameters=sum(parameter.numel() for parameter in parameters.values() if not getattr(parameter, "allreduce", True)),
-            num_partial_parameters=sum(parameter.numel() for parameter in partial) if groups.layout.tensor > 1 else 0,
+            num_parameters=numbers(parameters),
+            num_trained=numbers(training),
+            num_trained_expert=numbers(pair for pair in training if is_expert(pair[1])),
+            num_trained_partial=numbers(pair for pair in training if is_partial(*pair)),
+            num_trained_head=numbers(pair for pair in training if pair[0] == head),
+            num_trained_chunks=sum(any(name in trained and name != head and not is_expert(parameter) for name, parameter in chunk) for chunk in chunks),
+            num_trained_expert_chunks=sum(any(name in trained and is_expert(parameter) for name, parameter in chunk) for chunk in chunks),
+            num_expert_parameters=numbers(pair for pair in parameters if is_expert(pair[1])),
         )
     return _counted[key]
 

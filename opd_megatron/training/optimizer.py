@@ -143,14 +143,14 @@ def has_finite_state(optimizer: ChainedOptimizer) -> bool:
 def restart_adam(optimizer: ChainedOptimizer) -> None:
     """Begin the moments anew, as if there had been no update."""
     for part in optimizer.chained_optimizers:
-        inner = getattr(part, "optimizer", None)
-        for group in inner.param_groups if inner is not None else ():
+        for group in part.optimizer.param_groups:
+            # Transformer Engine's Adam counts by group, PyTorch's by parameter.
             if "step" in group:
                 group["step"] = 0
-            for state in (inner.state[parameter] for parameter in group["params"]):
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        value.zero_()
+        for state in part.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
 
 
 def _adam_states(optimizer: ChainedOptimizer) -> list[tuple[dict[str, Any], torch.nn.Parameter]]:
@@ -186,9 +186,10 @@ def _state_without_parameters() -> None:
 
     def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
         """Return what the original does, {"optimizer": {"param_groups": [...]}}; without parameters, with the step of the other ranks."""
-        if not isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW) or self.optimizer.state:
+        adam: Any = self.optimizer
+        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW) or adam.state:
             return original(self)
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.state_dict()["param_groups"]]
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in adam.state_dict()["param_groups"]]
         return {"optimizer": {"param_groups": [{**group, "step": getattr(self, "step_elsewhere", 0.0)} for group in groups]}}
 
     state_dict.takes_none = True  # type: ignore[attr-defined]

@@ -9,11 +9,11 @@ from typing import Any
 from opd_megatron.config import RunConfig, StudentConfig, TeacherConfig
 from opd_megatron.data.sources import check_source
 from opd_megatron.data.templates import check_templates
+from opd_megatron.models.allocation import check_modules
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 from opd_megatron.models.limits import check_length
 from opd_megatron.reporting.run_directory import RunDirectory
-from opd_megatron.training.allocation import check_modules
 from opd_megatron.training.layouts import check_layouts
 
 

@@ -24,6 +24,7 @@ from opd_megatron.align.vocabulary import SharedVocabulary
 from opd_megatron.config import RunConfig
 from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics
+from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only, keep_recomputed_gradients
 from opd_megatron.models.layers import packed_sequences
 from opd_megatron.models.weight_map import EMBEDDING
@@ -33,7 +34,6 @@ from opd_megatron.parallel.offload import Offloaded
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.teacher import TeacherRows
-from opd_megatron.training.allocation import Allocation
 from opd_megatron.training.average import MovingAverage
 from opd_megatron.training.batching import MicroBatches
 from opd_megatron.training.objective import Distillation, MicroBatch, Objective

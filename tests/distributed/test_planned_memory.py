@@ -101,6 +101,26 @@ def test_ranks_hold_what_was_planned(planned_models: Path, pool: RankPool, plann
             assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
 
 
+FROZEN = [
+    ("TP2xPP2, teacher DP4", "paper"),
+    ("PP2xDP2, teacher TP2xDP2", "layers.3.mlp"),
+    ("EP2xPP2, teacher EP4", "mlp"),
+    ("TP2+SPxEP2, teacher EP2xPP2", "!mlp"),
+]
+
+
+@pytest.mark.parametrize(("name", "train"), FROZEN[:2] + [pytest.param(*case, marks=pytest.mark.slow) for case in FROZEN[2:]])
+def test_what_does_not_train_is_planned_without_gradient_and_optimizer(
+    planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str, train: str
+) -> None:
+    config = apply_overrides(config_of(planned_models, name), [f"modules.train={train}"])
+    planned = planner(planned_bytes, config)
+    for rank, held in enumerate(pool.run(held_bytes, config)):
+        for kind in ("weights", "gradients", "optimizer"):
+            # As above: alignment of tiny parameters.
+            assert planned[rank].get(kind, 0) == pytest.approx(held[kind], rel=0.1), (rank, kind)
+
+
 APART = {
     "TP2, teacher TP2 on ranks of its own": ({"tensor": 2}, {"tensor": 2}),
     "PP2, teacher CP2 on ranks of its own": ({"pipeline": 2}, {"context": 2}),

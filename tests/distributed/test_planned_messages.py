@@ -113,6 +113,20 @@ def test_the_pass_of_a_selection_rule_sends_as_many_messages_as_planned(planned_
     check_messages(apply_overrides(config_of(planned_models, name), ["importance.rule=soft_or_topk"]), pool, planner)
 
 
+# An embedding that trains has the backward pass through all layers.
+FROZEN = [
+    ("PP2xVPP2xDP2, teacher DP4", "embedding,layers.3.attention"),
+    pytest.param("TP2xPP2, teacher DP4", "embedding,layers.1.mlp", marks=pytest.mark.slow),
+    pytest.param("EP2xPP2, teacher EP4", "embedding,mlp", marks=pytest.mark.slow),
+    pytest.param("EP2xPP2, teacher EP4", "embedding,attention", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "train"), FROZEN)
+def test_the_gradients_of_what_does_not_train_are_not_sent(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str, train: str) -> None:
+    check_messages(apply_overrides(config_of(planned_models, name), [f"modules.train={train}"]), pool, planner)
+
+
 def check_messages(config: RunConfig, pool: RankPool, planner: Callable[..., Any]) -> None:
     planned = planner(planned_messages, config)
     for rank, sent in enumerate(pool.run(sent_messages, config)):
