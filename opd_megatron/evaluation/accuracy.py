@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -11,11 +12,46 @@ import torch.distributed as dist
 from opd_megatron.data.prompts import Prompt
 from opd_megatron.evaluation.graders import pass_at_k
 from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.engine import Sampler
 from opd_megatron.rollout.rollouts import Rollouts, WriterPrompt, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 
 NUM_EXAMPLES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model answered, all samples of a prompt one after another: the samples, their texts, and their marks in [0, 1]."""
+
+    rollouts: Rollouts
+    texts: list[str]
+    marks: list[float]
+
+
+def answer(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    grader: Callable[[Prompt, str], float],
+    settings: SamplingSettings,
+    *,
+    samples_per_prompt: int,
+    key: tuple[int | str, ...],
+) -> Answers | None:
+    """Return graded answers on rank 0, None elsewhere; every rank calls it. `key` seeds what is sampled.
+
+    A grader that raises on rank 0 raises on every rank: none waits for it.
+    """
+    numbered = [WriterPrompt(place, prompt.ids) for place, prompt in enumerate(prompts)]
+    rollouts = sample_rollouts(sampler, sampler.groups, numbered, settings, samples_per_prompt=samples_per_prompt, key=key, policy_version=0)
+    answers = None
+    with shared_errors():
+        if dist.get_rank() == 0:
+            texts = [tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in rollouts.samples]
+            marks = [grader(prompts[sample.prompt_index], text) for sample, text in zip(rollouts.samples, texts, strict=True)]
+            answers = Answers(rollouts=rollouts, texts=texts, marks=marks)
+    return answers
 
 
 def evaluate(
@@ -34,12 +70,10 @@ def evaluate(
     A response is correct when the grader gives it full marks; `score` also counts partial credit.
     """
     started = time.perf_counter()
-    numbered = [WriterPrompt(place, prompt.ids) for place, prompt in enumerate(prompts)]
-    rollouts = sample_rollouts(sampler, groups, numbered, settings, samples_per_prompt=samples_per_prompt, key=(seed, "evaluation"), policy_version=0)
-    if dist.get_rank() != 0:
+    answers = answer(sampler, prompts, tokenizer, grader, settings, samples_per_prompt=samples_per_prompt, key=(seed, "evaluation"))
+    if answers is None:
         return None
-    texts = [tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in rollouts.samples]
-    scores = [grader(prompts[sample.prompt_index], text) for sample, text in zip(rollouts.samples, texts, strict=True)]
+    rollouts, texts, scores = answers.rollouts, answers.texts, answers.marks
     correct = _correct_per_prompt(rollouts, scores, len(prompts))
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples_per_prompt]
     return {

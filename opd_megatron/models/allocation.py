@@ -47,12 +47,13 @@ def named_rows(key: str, choice: str, rows: Sequence[MappedTensor]) -> list[Mapp
     return chosen
 
 
-def check_modules(modules: ModulesConfig, moved: str | None, architecture: Architecture) -> frozenset[str]:
-    """Return the names of the rows that an extrapolation moves (`effopd.modules`, None where there is none); ValueError for choices that do not fit."""
+def chosen_names(key: str, choice: str, architecture: Architecture) -> frozenset[str]:
+    """Return the names of the rows that the value of a configuration key chooses; ValueError for a choice of nothing."""
+    return frozenset(row.name for row in named_rows(key, choice, weight_map(architecture)))
+
+
+def check_modules(modules: ModulesConfig, moved: str | None, architecture: Architecture) -> None:
+    """Raise ValueError for choices that do not fit; `moved` is `effopd.modules`, or None where nothing is extrapolated."""
     allocation = Allocation.of(modules, architecture)
-    if moved is None:
-        return frozenset()
-    names = frozenset(row.name for row in named_rows("effopd.modules", moved, weight_map(architecture)))
-    if not names & allocation.trained:
+    if moved is not None and not chosen_names("effopd.modules", moved, architecture) & allocation.trained:
         raise ValueError(f"effopd.modules={moved!r} moves only what modules.train={modules.train!r} leaves where it is; change one of them")
-    return names & allocation.trained

@@ -24,6 +24,9 @@ class MetricsWriter:
 
         self._metrics = _open_before(run_directory.metrics_path, first_step)
         self._evaluations = _open_before(run_directory.evals_path, first_step)
+        # Of searches there may be none, and then no file.
+        self._searches_path, self._first_step = run_directory.searches_path, first_step
+        self._searches = _open_before(self._searches_path, first_step) if self._searches_path.exists() else None
         self._tensorboard = SummaryWriter(str(run_directory.tensorboard), purge_step=first_step, flush_secs=10)
 
     def log_step(self, metrics: Mapping[str, float | int]) -> None:
@@ -42,9 +45,16 @@ class MetricsWriter:
             self._tensorboard.add_scalar(f"evaluation/{who}_pass_at_{k}", value, step)
         self._tensorboard.flush()
 
+    def log_search(self, record: Mapping[str, Any]) -> None:
+        """Append one search for extrapolated weights to effopd.jsonl; its numbers are in the metrics of its step as well."""
+        if self._searches is None:
+            self._searches = _open_before(self._searches_path, self._first_step)
+        _append(self._searches, record)
+
     def close(self) -> None:
-        self._metrics.close()
-        self._evaluations.close()
+        for file in (self._metrics, self._evaluations, self._searches):
+            if file is not None:
+                file.close()
         self._tensorboard.close()
 
 

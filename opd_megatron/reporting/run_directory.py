@@ -28,6 +28,8 @@ class RunDirectory:
         self.report_path = self.path / "report.html"
         self.status_path = self.path / "status"
         self.rollouts = self.path / "rollouts"
+        self.modules_path = self.path / "modules.json"
+        self.searches_path = self.path / "effopd.jsonl"
         self.shared_vocabulary = self.path / "shared_vocabulary.json"
         self.tensorboard = self.path / "tensorboard"
         self._lock: int | None = None
@@ -82,7 +84,10 @@ class RunDirectory:
         if self._held_a_run:
             self.write_status("crashed" if self._status_before in (None, "running") else self._status_before)
             return True
-        for file in (self.config_path, self.status_path, self.metrics_path, self.evals_path, self.shared_vocabulary):
+        for file in (
+            *(self.config_path, self.status_path, self.metrics_path, self.evals_path),
+            *(self.shared_vocabulary, self.modules_path, self.searches_path),
+        ):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.tensorboard, ignore_errors=True)
         return True

@@ -11,6 +11,7 @@ import logging
 import queue
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import copy_assets
 from opd_megatron.models.weights import ASSETS_FOLDER, DAMAGE, CheckpointWeights, damage_in
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts
+from opd_megatron.training.effopd import EffOPD, Search
+from opd_megatron.training.kept_weights import loaded_beside, sharded_beside
 from opd_megatron.training.optimizer import has_finite_state, prime_adam, unshare_adam_step
 from opd_megatron.training.student import Student
 
@@ -44,12 +48,29 @@ _SHARDING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: `step` steps are done, `skipped_steps` of them changed nothing."""
+    """Where a run stands: `step` steps are done, `skipped_steps` of them changed nothing.
+
+    `trained` is the choice of modules that `modules.train=measured` came to; `searches` are EffOPD's, and `search_fingerprint` is of the prompts they ask.
+    """
 
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     data_fingerprint: str = ""
+    trained: str = ""
+    searches: tuple[Search, ...] = ()
+    search_fingerprint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "searches": [search.to_json() for search in self.searches]}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Progress:
+        """Return what `to_json` was made of, or an older version's; TypeError or KeyError for another record."""
+        progress = cls(**{**record, "searches": tuple(Search.from_json(search) for search in record.get("searches", ()))})
+        if [type(value) for value in asdict(progress).values()] != [type(value) for value in asdict(cls()).values()]:
+            raise TypeError(f"{progress} has fields of the wrong type")
+        return progress
 
 
 class CheckpointFolder:
@@ -65,13 +86,13 @@ class CheckpointFolder:
         steps = self._steps()
         return steps[-1] if steps else None
 
-    def save(self, student: Student, progress: Progress, ahead: Rollouts | None = None) -> Path:
-        """Write `step_N`, with the samples that wait for the next step, then drop all but the newest `keep`.
+    def save(self, student: Student, progress: Progress, ahead: Rollouts | None = None, search: EffOPD | None = None) -> Path:
+        """Write `step_N`, with the samples that wait for the next step and EffOPD's anchor, then drop all but the newest `keep`.
 
         ValueError on every rank if the disk does not take it; older ones stay.
         """
         final, partial = self.path / f"step_{progress.step}", self.path / f"step_{progress.step}.partial"
-        needed_bytes = _checkpoint_bytes(student)
+        needed_bytes = _checkpoint_bytes(student, search)
         with shared_errors():
             if dist.get_rank() == 0:
                 for unfinished in self.path.glob("step_*.partial"):
@@ -87,7 +108,7 @@ class CheckpointFolder:
         filesystem_async._results_queue = queue.Queue()
         try:
             with student.optimizer_on_device():
-                dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial), content_metadata=dict(_SHARDING))
+                dist_checkpointing.save(_sharded_state(student, search, is_loading=False), str(partial), content_metadata=dict(_SHARDING))
         except CheckpointException as error:
             # Megatron-Core tells every rank when any of them could not write; the reason is known where it happened.
             if dist.get_rank() == 0:
@@ -98,14 +119,11 @@ class CheckpointFolder:
                 self._publish(partial, final, progress, ahead)
         return final
 
-    def load(self, student: Student, checkpoint: Path) -> Progress:
-        """Fill the student's weights and optimizer; return where the run stood. ValueError if the checkpoint is another model's, or damaged."""
-        with shared_errors():
-            progress = self._open(student, checkpoint)
+    def load(self, student: Student, checkpoint: Path, progress: Progress, search: EffOPD | None = None) -> None:
+        """Fill the student's weights and optimizer, and the search's anchor, with those of a checkpoint that was opened; ValueError if it is damaged."""
         with student.optimizer_on_device():
-            self._fill(student, checkpoint)
+            self._fill(student, checkpoint, progress, search)
         student.scheduler.step(increment=progress.step)
-        return progress
 
     def written_ahead(self, checkpoint: Path) -> Rollouts | None:
         """Return the samples that were waiting for the step after this checkpoint; ValueError if they are damaged."""
@@ -116,8 +134,8 @@ class CheckpointFolder:
             except ValueError as error:
                 raise ValueError(f"{checkpoint} is damaged: {error}; {self._way_out(checkpoint)}") from None
 
-    def _fill(self, student: Student, checkpoint: Path) -> None:
-        wanted = _sharded_state(student, is_loading=True)
+    def _fill(self, student: Student, checkpoint: Path, progress: Progress, search: EffOPD | None) -> None:
+        wanted = _sharded_state(student, search, is_loading=True)
         with shared_errors():
             try:
                 state = dist_checkpointing.load(wanted, str(checkpoint))
@@ -127,27 +145,33 @@ class CheckpointFolder:
             chunk.load_state_dict(tensors, strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
         if student.average is not None:
-            student.average.load_state(student.model, state["average"])
+            slices = student.average.slices
+            for parameter, tensor in loaded_beside(student.model, state["average"]):
+                slices[parameter].copy_(tensor)
+        if search is not None:
+            search.resume(progress.searches, dict(loaded_beside(student.model, state["anchor"])))
         unshare_adam_step(student.optimizer)
         with shared_errors():
             if not (has_finite_state(student.optimizer) and all(bool(parameter.isfinite().all()) for parameter in student.model.parameters())):
                 raise ValueError(f"{checkpoint} is damaged: weights or moments in it are not finite; {self._way_out(checkpoint)}")
 
-    def _open(self, student: Student, checkpoint: Path) -> Progress:
-        """Return a checkpoint's progress after a look at its headers."""
+    def open(self, checkpoint: Path, architecture: Architecture) -> Progress:
+        """Return where the run stood, after a look at the headers; ValueError on every rank if the checkpoint is another model's, or damaged."""
+        with shared_errors():
+            return self._open(checkpoint, architecture)
+
+    def _open(self, checkpoint: Path, architecture: Architecture) -> Progress:
         try:
             found = CheckpointWeights(checkpoint).architecture
-            progress = Progress(**json.loads((checkpoint / _PROGRESS_FILE).read_text()))
-            if [type(value) for value in asdict(progress).values()] != [type(value) for value in asdict(Progress()).values()]:
-                raise TypeError(f"{progress} has fields of the wrong type")
+            progress = Progress.from_json(json.loads((checkpoint / _PROGRESS_FILE).read_text()))
         except FileNotFoundError as error:
             raise ValueError(f"{checkpoint} is damaged: {error.filename} is missing; {self._way_out(checkpoint)}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{checkpoint / _PROGRESS_FILE} is damaged: {error}; {self._way_out(checkpoint)}") from None
         except ValueError as error:
             raise ValueError(f"{error}; {self._way_out(checkpoint)}") from None
-        if found != student.architecture:
-            raise ValueError(f"{checkpoint} holds another model than the student: {found} instead of {student.architecture}")
+        if found != architecture:
+            raise ValueError(f"{checkpoint} holds another model than the student: {found} instead of {architecture}")
         return progress
 
     def _way_out(self, damaged: Path) -> str:
@@ -163,7 +187,7 @@ class CheckpointFolder:
         copy_assets(self.assets, partial / ASSETS_FOLDER)
         if ahead is not None:
             record_rollouts(ahead, partial / _AHEAD_FILE)
-        (partial / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+        (partial / _PROGRESS_FILE).write_text(json.dumps(progress.to_json(), indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in self._steps()[: -self.keep]:
@@ -174,25 +198,33 @@ class CheckpointFolder:
         return [path for _, path in sorted(found)]
 
 
-def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(student: Student, search: EffOPD | None, *, is_loading: bool) -> dict[str, Any]:
     # Adam has no state before its first update, which a run of skipped steps never makes; a load lays the checkpoint over what is there.
     prime_adam(student.optimizer)
     metadata = {**_SHARDING, "dp_cp_group": student.groups.collection.dp_cp}
     model = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
     state = {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+
+    def entries() -> list[dict[str, Any]]:
+        """Return the model's own again: what is made of them changes them."""
+        return [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
+
     if student.average is not None:
-        # Its entries are made of the model's, which are changed: others than those above.
-        entries = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
-        state["average"] = student.average.sharded_state(student.model, entries)
+        state["average"] = sharded_beside(student.model, entries(), student.average.slices, "teacher_average.", only_copy=True)
+    if search is not None:
+        slices = search.empty_slices() if is_loading else search.anchor_slices()
+        state["anchor"] = sharded_beside(student.model, entries(), slices, "effopd_anchor.", only_copy=False)
     return state
 
 
-def _checkpoint_bytes(student: Student) -> int:
-    """Return about how much the whole job will write: weights once, three fp32 tensors of optimizer state per weight, and 5 % beside."""
+def _checkpoint_bytes(student: Student, search: EffOPD | None) -> int:
+    """Return about how much the whole job will write: weights once, three fp32 tensors of optimizer state per weight that trains, and 5 % beside."""
     is_first_copy = {True: student.groups.writer == 0, False: student.groups.collection.expt_dp.rank() == 0}
     # Megatron-Core marks the weights of experts, which have copies on ranks of their own, with `allreduce = False`.
     written = [parameter for parameter in student.model.parameters() if is_first_copy[getattr(parameter, "allreduce", True)]]
-    weights = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in written)
+    weights = sum(parameter.numel() * (parameter.element_size() + 12 * parameter.requires_grad) for parameter in written)
+    if search is not None:
+        weights += sum(shard.nbytes for shard in search.anchor.values())
     if student.average is not None:
         weights += sum(tensor.nbytes for tensor in student.average.tensors.values())
     total = torch.tensor([weights], dtype=torch.int64, device=student.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
+from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.weights import CheckpointWeights, export_hf
 from opd_megatron.parallel.world import Bridge, agreed_by_rank_0, join_world, leave_world, shared_errors, worlds
 from opd_megatron.reporting.run_directory import RunDirectory, Status
@@ -17,8 +19,9 @@ from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.alignment import describe_alignment
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
+from opd_megatron.training.measured_modules import as_json, measured_choice
 from opd_megatron.training.recorder import Recorder
-from opd_megatron.training.setup import Sources, build_parts, describe_data, open_sources
+from opd_megatron.training.setup import Parts, Sources, build_parts, describe_data, make_search, open_sources
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.teacher_ranks import serve
 from opd_megatron.training.trainer import Trainer
@@ -122,33 +125,65 @@ def _train(
             if dist.get_rank() == 0:
                 sources.aligner.vocabulary.save(directory.shared_vocabulary)
     parts = build_parts(config, sources, directory.path, bridge, device, _note)
-    progress, ahead = Progress(data_fingerprint=sources.prompts.fingerprint), None
+    try:
+        status, done = _train_parts(config, sources, parts, directory, checkpoints, latest, stop)
+    except ValueError:
+        if parts.teacher is not None:
+            parts.teacher.drain()
+        raise
+    if parts.teacher is not None:
+        parts.teacher.drain()
+    if status == "finished":
+        _export(checkpoints, directory)
+    else:
+        _note(f"stopped on request {f'after step {done}, which is saved' if done else 'before the first step'}; start the same command again to go on")
+    return status
+
+
+def _train_parts(
+    config: RunConfig, sources: Sources, parts: Parts, directory: RunDirectory, checkpoints: CheckpointFolder, latest: Path | None, stop: StopRequest
+) -> tuple[Literal["finished", "interrupted"], int]:
+    """Decide what trains, resume, and train; return how it ended and how many steps are done."""
+    prompts, ahead = sources.prompts, None
+    progress = Progress(data_fingerprint=prompts.fingerprint, search_fingerprint=sources.search_prompts.fingerprint if sources.search_prompts else "")
     if latest is not None:
-        progress, ahead = checkpoints.load(parts.student, latest), checkpoints.written_ahead(latest)
-        if progress.data_fingerprint != sources.prompts.fingerprint:
-            raise ValueError(f"{config.data.prompts} is not the data this run began with (hash {progress.data_fingerprint}, now {sources.prompts.fingerprint})")
+        began, progress = progress, checkpoints.open(latest, sources.student.architecture)
+        _check_data(config, progress, began)
+    if config.modules.train == "measured":
+        if not progress.trained:
+            measured = measured_choice(config, parts, prompts, stop.agreed, _note)
+            if measured is None:
+                return "interrupted", 0
+            with shared_errors():
+                if dist.get_rank() == 0:
+                    directory.modules_path.write_text(as_json(*measured))
+            progress = replace(progress, trained=measured[0])
+        parts.student.train_only(Allocation.of(config.modules, sources.student.architecture, measured=progress.trained))
+    _note(parts.student.describe_trained())
+    parts = replace(parts, search=make_search(config, sources, parts, _note))
+    if latest is not None:
+        checkpoints.load(parts.student, latest, progress, parts.search)
+        ahead = checkpoints.written_ahead(latest)
         _note(f"resumed from {latest}")
         if progress.step >= config.training.steps:
             _note(f"nothing to train: {progress.step} steps are done, training.steps={config.training.steps}")
     recorder = Recorder(directory, first_step=progress.step + 1, total_steps=config.training.steps)
     try:
         evaluator = Evaluator(config, sources, parts, recorder)
-        trainer = Trainer(config, sources.prompts, parts, recorder, evaluator, checkpoints, progress, ahead, stop)
-        status = trainer.run()
-    except ValueError:
-        if parts.teacher is not None:
-            parts.teacher.drain()
-        raise
+        trainer = Trainer(config, prompts, parts, recorder, evaluator, checkpoints, progress, ahead, stop)
+        return trainer.run(), trainer.progress.step
     finally:
         recorder.close()
-    if parts.teacher is not None:
-        parts.teacher.drain()
-    if status == "finished":
-        _export(checkpoints, directory)
-    else:
-        done = trainer.progress.step
-        _note(f"stopped on request {f'after step {done}, which is saved' if done else 'before the first step'}; start the same command again to go on")
-    return status
+
+
+def _check_data(config: RunConfig, saved: Progress, now: Progress) -> None:
+    """Raise ValueError where a run would go on with other prompts than it began with."""
+    for source, found, wanted in (
+        (config.data.prompts, saved.data_fingerprint, now.data_fingerprint),
+        (f"effopd.prompts={config.effopd.prompts}", saved.search_fingerprint, now.search_fingerprint),
+    ):
+        if found != wanted:
+            raise ValueError(f"{source} is not the data this run began with (hash {found}, now {wanted})")
 
 
 def _export(checkpoints: CheckpointFolder, directory: RunDirectory) -> None:

@@ -34,6 +34,11 @@ class Recorder:
             what = f"{record['who']} accuracy {record['accuracy']:.1%} on {record['prompts']} held-out prompts"
             self.note(f"{what} at step {record['step']} ({record['seconds']:.1f} s)")
 
+    def log_search(self, record: Mapping[str, Any]) -> None:
+        """Record one search of EffOPD."""
+        if self._writer is not None:
+            self._writer.log_search(record)
+
     def note(self, text: str) -> None:
         if self._progress is not None:
             self._progress.note(text)

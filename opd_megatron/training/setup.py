@@ -17,6 +17,7 @@ from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.data.prompts import Part, Prompt, PromptSet, load_prompts, with_targets
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer
 from opd_megatron.evaluation.graders import check_gradable, make_grader
+from opd_megatron.models.allocation import chosen_names
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import DTYPES, ModelChunks
 from opd_megatron.models.hf_folder import stop_token_ids
@@ -31,8 +32,10 @@ from opd_megatron.teacher.routing import Router
 from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.alignment import RolloutAligner, make_aligner, token_by_token, with_itself
+from opd_megatron.training.effopd import EffOPD
 from opd_megatron.training.importance import Importance
 from opd_megatron.training.objective import AlignedDistillation, Distillation, Objective, SupervisedFineTuning
+from opd_megatron.training.search_scores import AnswerScore, DivergenceScore, SearchScore, drawn_prompts
 from opd_megatron.training.self_teacher import refresh_from
 from opd_megatron.training.self_test import check_self_divergence
 from opd_megatron.training.student import Student
@@ -60,6 +63,9 @@ class Sources:
     prompts: PromptSet
     evaluation_prompts: PromptSet | None
     grader: Callable[[Prompt, str], float]
+    # What EffOPD scores candidates on, and what grades the answers.
+    search_prompts: PromptSet | None
+    search_grader: Callable[[Prompt, str], float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,7 @@ class Parts:
     align: Callable[[Rollouts], Rollouts]
     objective: Objective
     importance: Importance
+    search: EffOPD | None = None
 
 
 def open_sources(config: RunConfig) -> Sources:
@@ -90,7 +97,8 @@ def open_sources(config: RunConfig) -> Sources:
             prompts = with_targets(prompts, tokenizer, max_tokens=min(limit for limit in limits if limit is not None))
         grader = make_grader(evaluation_data)
         if evaluation_prompts is not None:
-            check_gradable(evaluation_prompts.prompts, evaluation_data)
+            check_gradable(evaluation_prompts.prompts, evaluation_data, "set data.answer_key, or evaluation.prompts=0 for no evaluation")
+        search_prompts, prompts, search_grader = _search_data(config, prompts, student_text, teacher_text, teacher)
     return Sources(
         student=student,
         teacher=teacher,
@@ -100,6 +108,8 @@ def open_sources(config: RunConfig) -> Sources:
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         grader=grader,
+        search_prompts=search_prompts,
+        search_grader=search_grader,
     )
 
 
@@ -259,6 +269,59 @@ def _load_data(
         teacher_tokenizer=other,
     )
     return prompts, held_out_prompts
+
+
+def _search_data(
+    config: RunConfig, prompts: PromptSet, student_text: Text, teacher_text: Text, teacher: WeightSource | None
+) -> tuple[PromptSet | None, PromptSet, Callable[[Prompt, str], float] | None]:
+    """Return what EffOPD scores candidates on, the training prompts that are left, and the grader where its score needs one."""
+    effopd = config.effopd
+    if not effopd.enabled:
+        return None, prompts, None
+    data = replace(config.data, prompts=effopd.prompts) if isinstance(effopd.prompts, str) else config.data
+    if isinstance(effopd.prompts, str):
+        scores_by_teacher = effopd.score == "divergence" and teacher is not None
+        chosen = load_prompts(
+            data,
+            student_text.tokenizer,
+            part="all",
+            privileged=config.privileged if scores_by_teacher else None,
+            max_teacher_tokens=longest_teacher_prompt(config, teacher.architecture) if scores_by_teacher and teacher is not None else None,
+            teacher_tokenizer=None if teacher_text is student_text or not scores_by_teacher else teacher_text.tokenizer,
+        )
+    else:
+        chosen, prompts = drawn_prompts(prompts, effopd, data, config.seed)
+    if effopd.score == "divergence":
+        return chosen, prompts, None
+    check_gradable(chosen.prompts, data, "set data.answer_key, or effopd.score=divergence, which needs no grader")
+    return chosen, prompts, make_grader(data)
+
+
+def make_search(config: RunConfig, sources: Sources, parts: Parts, note: Callable[[str], None]) -> EffOPD | None:
+    """Return the search for extrapolated weights, which begins with the weights as they are; None where there is none."""
+    if sources.search_prompts is None:
+        return None
+    student, chosen = parts.student, config.effopd.modules
+    moved = chosen_names("effopd.modules", chosen, sources.student.architecture) & student.allocation.trained
+    if not moved:
+        raise ValueError(f"effopd.modules={chosen!r} moves only what modules.train={config.modules.train!r} leaves where it is; change one of them")
+    score: SearchScore
+    if config.effopd.score == "divergence":
+        assert parts.teacher is not None, "the configuration was checked"
+        score = DivergenceScore(
+            config=config,
+            sampler=parts.sampler,
+            student=student,
+            teacher=parts.teacher,
+            align=parts.align,
+            objective=parts.objective,
+            prompts=sources.search_prompts,
+        )
+    else:
+        assert sources.search_grader is not None
+        tokenizer = sources.student_text.tokenizer
+        score = AnswerScore(config=config, sampler=parts.sampler, prompts=sources.search_prompts, tokenizer=tokenizer, grader=sources.search_grader)
+    return EffOPD(settings=config.effopd, student=student, score=score, moved=moved, note=note)
 
 
 def describe_data(sources: Sources) -> str:

@@ -27,7 +27,7 @@ from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics
 from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only, keep_recomputed_gradients
 from opd_megatron.models.layers import packed_sequences
-from opd_megatron.models.weight_map import EMBEDDING
+from opd_megatron.models.weight_map import EMBEDDING, weight_map
 from opd_megatron.models.weights import WeightSource, load_model, named_global_parameters
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.offload import Offloaded
@@ -133,6 +133,13 @@ class Student:
         self.optimizer, self.scheduler = build_optimizer(self.ddp, self.training, factors)
         self.allocation, self._offloaded = allocation, None
         self._leave()
+
+    def describe_trained(self) -> str:
+        """Return one line on what trains, for the log."""
+        rows = weight_map(self.architecture)
+        numbers, trained = (sum(math.prod(row.shape) for row in chosen) for chosen in (rows, [row for row in rows if row.name in self.allocation.trained]))
+        rates = f"; {len(self.allocation.factors)} tensors have a learning rate of their own" if self.allocation.factors else ""
+        return f"training {trained:,} of {numbers:,} parameters ({trained / numbers:.1%}){rates}"
 
     def _leave_buffers(self) -> None:
         """Take the parameters out of the buffers of an earlier DistributedDataParallel, and its hooks off them."""

@@ -24,7 +24,7 @@ from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
 
-_PHASES = ("rollout", "align", "teacher", "weigh", "train")
+_PHASES = ("rollout", "align", "teacher", "weigh", "train", "probe")
 
 
 class Trainer:
@@ -50,6 +50,7 @@ class Trainer:
         self.align = parts.align
         self.objective = parts.objective
         self.importance = parts.importance
+        self.search = parts.search
         self.recorder = recorder
         self.evaluator = evaluator
         self.checkpoints = checkpoints
@@ -73,6 +74,9 @@ class Trainer:
                 self.evaluator.measure_student(step=0)
         if self._ahead is not None and self.teacher is not None and self.progress.step < last_step:
             self.teacher.ask(self._ahead)
+        # A run that was stopped while it searched has saved the step, and not its search.
+        if self._probe(self.progress.step):
+            self._saved_step -= 1
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()
@@ -86,6 +90,8 @@ class Trainer:
             if self._is_due(self.config.checkpoint.every_steps):
                 self._save()
         self._save()
+        if self.search is not None and self.search.is_pending(last_step):
+            return "interrupted"
         self.evaluator.measure_student(self.progress.step)
         return "finished"
 
@@ -110,7 +116,10 @@ class Trainer:
         with self._measured("train"):
             sums, norm, updated = self.student.train_step(micro_batches, self.objective)
         self._advance(step, updated, sums, norm)
-        return {"step": step, **self._metrics(rollouts, micro_batches.plan.num_positions, sums, norm, time.perf_counter() - started), **weighing}
+        metrics = self._metrics(rollouts, micro_batches.plan.num_positions, sums, norm)
+        with self._measured("probe"):
+            probing = self._probe(step)
+        return {"step": step, **metrics, **weighing, **probing, **self._costs(rollouts, time.perf_counter() - started)}
 
     def _write(self, step: int) -> Rollouts:
         """Return a step's samples, written by the weights as they are; the teacher is asked for their scores."""
@@ -124,7 +133,16 @@ class Trainer:
                 self.teacher.ask(rollouts)
         return rollouts
 
-    def _metrics(self, rollouts: Rollouts, num_positions: int, sums: LossSums, norm: float, step_seconds: float) -> dict[str, float | int]:
+    def _probe(self, step: int) -> dict[str, float | int]:
+        """Let EffOPD search, where a search follows the step; return its metrics. A stop leaves it for the resumed run."""
+        search = self.search.maybe_probe(step, self.stop.agreed) if self.search is not None else None
+        if self.search is None or search is None:
+            return {}
+        self.progress = replace(self.progress, searches=tuple(self.search.history))
+        self.recorder.log_search(search.to_json())
+        return search.metrics()
+
+    def _metrics(self, rollouts: Rollouts, num_positions: int, sums: LossSums, norm: float) -> dict[str, float | int]:
         samples, response_tokens = rollouts.samples, rollouts.num_response_tokens
         payload_bytes, gathered_bytes = (self.teacher.payload_bytes, self.teacher.gathered_bytes) if self.teacher is not None else (0, 0)
         return {
@@ -148,7 +166,12 @@ class Trainer:
             "padding_share": 1 - sum(rollouts.num_tokens) / num_positions,
             "payload_bytes_per_token": payload_bytes / max(1, response_tokens),
             "payload_gathered_bytes_per_token": gathered_bytes / max(1, response_tokens),
-            "tokens_per_second": sum(sample.num_tokens for sample in samples) / step_seconds,
+        }
+
+    def _costs(self, rollouts: Rollouts, step_seconds: float) -> dict[str, float | int]:
+        """Return what the step took, by phase."""
+        return {
+            "tokens_per_second": sum(rollouts.num_tokens) / step_seconds,
             **{f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()},
             **{f"{phase}_peak_bytes": num_bytes for phase, num_bytes in self._peaks_of_all_ranks().items()},
             "step_seconds": step_seconds,
@@ -179,7 +202,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self._saved_step < self.progress.step:
-            self.checkpoints.save(self.student, self.progress, self._ahead)
+            self.checkpoints.save(self.student, self.progress, self._ahead, self.search)
             self._saved_step = self.progress.step
 
     def _is_due(self, every_steps: int) -> bool:
