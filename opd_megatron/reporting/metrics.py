@@ -80,6 +80,14 @@ class RunHistory:
         """Return the evaluations of "student" or "teacher" that have an accuracy."""
         return [record for record in self.evaluations if record.get("who") == who and _is_finite(record.get("accuracy"))]
 
+    def seconds_until(self, step: int) -> float:
+        """Return what the steps up to this one took together, probes included, evaluations and checkpoints not."""
+        return sum(seconds for number, seconds in zip(*self.series("step_seconds"), strict=True) if number <= step)
+
+    def step_reaching(self, accuracy: float) -> int | None:
+        """Return the first step after which the student was measured at this accuracy or more; None if it never was."""
+        return next((record["step"] for record in self.evaluations_of("student") if record["accuracy"] >= accuracy), None)
+
     def setting(self, dotted_key: str) -> Any:
         """Return one value of the resolved config, or None where the config does not have it."""
         node: Any = self.config

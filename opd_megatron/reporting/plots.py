@@ -26,6 +26,7 @@ TIME_PARTS = (
     ("rollout_seconds", "rollout", "#2f6690"),
     ("teacher_seconds", "teacher", "#d98e48"),
     ("train_seconds", "train", "#5f9a6b"),
+    ("probe_seconds", "probe", "#8a5a9e"),
     ("other_seconds", "other", "#c9ccd1"),
 )
 DIVERGENCE_LABELS = {
@@ -107,6 +108,7 @@ _CURVES = (
         caption="Sampled against recomputed log-probability of each token: mean dark, maximum pale.",
     ),
     Curves(title="Skipped steps", keys=("skipped_steps",), label="steps", hide_constant=0.0),
+    Curves(title="Accepted extrapolation", keys=("effopd_accepted_k",), label="k of W + 2k Δ"),
 )
 
 
@@ -116,6 +118,9 @@ def draw_report(histories: Sequence[RunHistory]) -> list[Plot]:
     if any(history.evaluations_of("student") for history in histories):
         caption = "Band: one standard error over the prompts." + (" Dashed: the teacher." if any(h.evaluations_of("teacher") for h in histories) else "")
         plots.append(_plot("Accuracy on held-out prompts", caption, partial(draw_accuracy, histories=histories)))
+        if any(history.series("step_seconds")[0] for history in histories) and any(len(history.evaluations_of("student")) > 1 for history in histories):
+            caption = "Time of all steps, probes for extrapolated weights included, evaluations not."
+            plots.append(_plot("Accuracy against training time", caption, partial(draw_accuracy, histories=histories, over_time=True)))
     for curves in _CURVES:
         if _has_something_to_show(histories, curves):
             plots.append(_plot(curves.title, _window_caption(histories, curves), partial(draw_curves, histories=histories, curves=curves)))
@@ -138,13 +143,13 @@ def write_summary(histories: Sequence[RunHistory], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def draw_accuracy(ax: Axes, histories: Sequence[RunHistory]) -> None:
-    """Draw the student's accuracy over the steps, and the teacher's last one as a horizontal line."""
+def draw_accuracy(ax: Axes, histories: Sequence[RunHistory], over_time: bool = False) -> None:
+    """Draw the student's accuracy over the steps, or over the minutes that these took, and the teacher's last one as a horizontal line."""
     teachers = {index: history.evaluations_of("teacher")[-1]["accuracy"] for index, history in enumerate(histories) if history.evaluations_of("teacher")}
     shared = len(set(teachers.values())) == 1
     for index, history in enumerate(histories):
         records = history.evaluations_of("student")
-        steps = [record["step"] for record in records]
+        steps = [history.seconds_until(record["step"]) / 60 if over_time else record["step"] for record in records]
         values = np.array([100 * record["accuracy"] for record in records])
         errors = np.array([100 * standard_error(record) for record in records])
         color = _color(index)
@@ -162,7 +167,11 @@ def draw_accuracy(ax: Axes, histories: Sequence[RunHistory]) -> None:
             f"teacher {accuracy:.1f}", (0.01, accuracy), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", color=TEACHER_COLOR
         )
     everything = [100 * value for value in teachers.values()] + [100 * r["accuracy"] for history in histories for r in history.evaluations_of("student")]
-    _limit_steps(ax, histories)
+    if over_time:
+        ax.set_xlim(left=0)
+        ax.set_xlabel("minutes in steps")
+    else:
+        _limit_steps(ax, histories)
     if not everything:
         _say_nothing(ax, "no evaluation was recorded")
         return
@@ -306,7 +315,7 @@ def _label(histories: Sequence[RunHistory], curves: Curves) -> str:
     return curves.label
 
 
-def _label_ends(ax: Axes, steps: Sequence[int], values: np.ndarray, color: str) -> None:
+def _label_ends(ax: Axes, steps: Sequence[float], values: np.ndarray, color: str) -> None:
     ends = [(0, "left", (4, -13)), (-1, "right", (0, -15))] if len(steps) > 1 else [(0, "left", (6, -4))]
     for index, side, offset in ends:
         ax.annotate(f"{values[index]:.1f}", (steps[index], values[index]), xytext=offset, textcoords="offset points", ha=side, color=color, fontweight="bold")

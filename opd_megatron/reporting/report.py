@@ -18,6 +18,8 @@ from opd_megatron.reporting.run_directory import config_leaves, replace_text
 MAX_EXAMPLES = 12
 MAX_EXAMPLE_CHARACTERS = 4000
 NOTHING = "–"
+# Of the teacher's accuracy: what counts as having reached it.
+_NEARLY = 0.95
 
 # Control characters are shown as their pictures; tab, newline stay. Direction overrides could reorder the text around them.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
@@ -156,9 +158,13 @@ def _rows(histories: Sequence[RunHistory]) -> list[tuple[str, list[str]]]:
         ("Share of the teacher's accuracy", lambda h: _percent(_ratio(_accuracies(h)[1], _accuracies(h)[2]))),
         ("Gap to the teacher closed", lambda h: _percent(_gap_closed(*_accuracies(h)))),
         *((f"pass@{k}, before → after (teacher)", lambda h, k=k: _pass_at(h, k)) for k in _pass_at_ks(histories)),
+        (f"Steps to {100 * _NEARLY:.0f} % of the teacher's accuracy", _steps_to_teacher),
+        (f"Time to {100 * _NEARLY:.0f} % of the teacher's accuracy, in steps", lambda h: _duration(h.seconds_until(_step_near_teacher(h) or 0))),
         ("Evaluation", _evaluation_setting),
         ("Steps", _steps_done),
         ("Time in steps", lambda h: _duration(sum(h.series("step_seconds")[1]))),
+        ("Of it in probes for extrapolated weights", lambda h: _duration(sum(h.series("probe_seconds")[1]))),
+        ("Extrapolations accepted", _extrapolations),
         ("Time in evaluations", lambda h: _duration(sum(record.get("seconds") or 0 for record in h.evaluations))),
         ("Response tokens trained on", lambda h: _count(sum(h.series("response_tokens")[1]))),
         ("Divergence, first → last tenth of steps", lambda h: _first_to_last(h, "divergence")),
@@ -197,6 +203,25 @@ def _pass_at(history: RunHistory, k: str) -> str:
         ((record.get("pass_at_k") or {}).get(k) for record in (students[0], students[-1], (teachers or [{}])[-1])) if students else (None,) * 3
     )
     return NOTHING if first is None and last is None else f"{_percent(first)} → {_percent(last)} ({_percent(teacher)})"
+
+
+def _step_near_teacher(history: RunHistory) -> int | None:
+    teacher = _accuracies(history)[2]
+    return history.step_reaching(_NEARLY * teacher) if teacher else None
+
+
+def _steps_to_teacher(history: RunHistory) -> str:
+    """Return the step of the first evaluation that was near the teacher's, or that none was."""
+    if not _accuracies(history)[2] or not history.evaluations_of("student"):
+        return NOTHING
+    step = _step_near_teacher(history)
+    return "not reached" if step is None else str(step)
+
+
+def _extrapolations(history: RunHistory) -> str:
+    """Return how many searches moved the weights, and the responses that all of them cost."""
+    accepted, responses = history.series("effopd_accepted_k")[1], history.series("effopd_responses")[1]
+    return f"{sum(k > 0 for k in accepted)} of {len(accepted)} searches, {_count(sum(responses))} responses" if accepted else NOTHING
 
 
 def _evaluation_setting(history: RunHistory) -> str:

@@ -139,7 +139,7 @@ class EffOPD:
         with self.student.optimizer_on_device():
             shards = self._shards()
             backup = host_copy(shards)
-            norm = _norm(self.student, shards, self.anchor)
+            norm = self._norm(shards)
         if not math.isfinite(norm):
             search: Search | None = Search(step=step, update_norm=norm, skipped="the update holds numbers that are not finite")
         elif norm == 0:
@@ -227,14 +227,13 @@ class EffOPD:
         for shard in self._shards():
             self.anchor[shard.row.name] = slices[shard.parameter].flatten()[shard.start : shard.stop].clone()
 
+    def _norm(self, shards: list[MasterShard]) -> float:
+        """Return the Frobenius norm of what moved since the anchor, the same on every rank."""
+        total = sum(update.squared_norm for update in module_updates(self.student, shards, self.anchor, self.moved))
+        return agreed_by_rank_0(math.sqrt(total) if total >= 0 else math.nan)
+
     def _shards(self) -> list[MasterShard]:
         return master_shards(self.student, self.moved)
-
-
-def _norm(student: Student, shards: list[MasterShard], anchor: Mapping[str, torch.Tensor]) -> float:
-    """Return the Frobenius norm of what moved since the anchor, the same on every rank."""
-    total = sum(update.squared_norm for update in module_updates(student, shards, anchor))
-    return agreed_by_rank_0(math.sqrt(total) if total >= 0 else math.nan)
 
 
 def _paired_error(marks: Sequence[float], others: Sequence[float]) -> float | None:

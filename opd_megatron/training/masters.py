@@ -5,6 +5,7 @@ A data-parallel rank holds a flat piece of some tensors, as Megatron-Core's dist
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def publish(student: Student) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleUpdate:
-    """How far one module went: the squared Frobenius norm of its update, and how many of its numbers moved with the optimizer."""
+    """How far one module went: the squared Frobenius norm of its update, and how many numbers it has."""
 
     module: str
     squared_norm: float
@@ -90,18 +91,23 @@ class ModuleUpdate:
 
 
 @torch.no_grad()
-def module_updates(student: Student, shards: list[MasterShard], since: Mapping[str, torch.Tensor]) -> list[ModuleUpdate]:
-    """Return the update of every module since a copy was made, the same on every rank; a number that is not finite makes its module's norm not finite."""
-    modules = {row.name: module_of(row) for row in weight_map(student.architecture) if row.name in student.allocation.trained}
-    places = {module: place for place, module in enumerate(dict.fromkeys(modules.values()))}
-    sums_2M = torch.zeros(2, len(places), dtype=torch.float64, device=student.device)
+def module_updates(student: Student, shards: list[MasterShard], since: Mapping[str, torch.Tensor], names: Collection[str]) -> list[ModuleUpdate]:
+    """Return the update of every module since a copy was made, of the rows called `names`, whose shards these are; the same on every rank.
+
+    A number that is not finite makes its module's norm not finite.
+    """
+    rows = [row for row in weight_map(student.architecture) if row.name in names]
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[module_of(row)] = counts.get(module_of(row), 0) + math.prod(row.shape)
+    places = {module: place for place, module in enumerate(counts)}
+    squares_M = torch.zeros(len(places), dtype=torch.float64, device=student.device)
     for shard in shards:
         if shard.is_counted:
             update = shard.master.detach().double() - since[shard.row.name].to(student.device).double()
-            sums_2M[:, places[modules[shard.row.name]]] += torch.stack([update.square().sum(), torch.tensor(float(update.numel())).to(update)])
-    dist.all_reduce(sums_2M)
-    norms, counts = sums_2M.tolist()
-    return [ModuleUpdate(module=module, squared_norm=norms[place], num_parameters=round(counts[place])) for module, place in places.items() if counts[place]]
+            squares_M[places[module_of(shard.row)]] += update.square().sum()
+    dist.all_reduce(squares_M)
+    return [ModuleUpdate(module=module, squared_norm=norm, num_parameters=counts[module]) for module, norm in zip(places, squares_M.tolist(), strict=True)]
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def measured_choice(
                 return None
             _train_step(config, parts, prompts, step)
         with student.optimizer_on_device():
-            updates = module_updates(student, master_shards(student, student.allocation.trained), before)
+            updates = module_updates(student, master_shards(student, student.allocation.trained), before, student.allocation.trained)
     finally:
         with student.optimizer_on_device():
             put_back(student, master_shards(student, student.allocation.trained), before)

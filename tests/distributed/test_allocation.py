@@ -6,6 +6,7 @@ Not covered: GPUs; the words of a choice, which are in tests/unit/test_modules.p
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from opd_megatron.config import CheckpointConfig, ModulesConfig, RunConfig, apply_overrides
-from opd_megatron.models.modules import chosen_rows
+from opd_megatron.models.modules import chosen_rows, module_of
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.models.weights import open_weights
 from tests.pool import RankPool
@@ -143,3 +144,96 @@ def test_scaled_rates_survive_a_resume_bit_for_bit(models: Path, pool: RankPool,
     pool.run(run_job, config, tmp_path / "parts", world_size=world_size)
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+MEASURED = ("modules.probe_steps=2", "training.steps=3", "modules.freeze_share=0.2")
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2", pytest.param("DP2", marks=pytest.mark.slow)])
+def test_a_probe_ranks_modules_and_leaves_no_trace(models: Path, pool: RankPool, recorded: Path, tmp_path: Path, layout: str) -> None:
+    """The measured run is, bit for bit, the run that names what the probe chose; a plain reading of its steps' weights gives the same ranking."""
+    overrides = (*MEASURED, f"rollout.replay={recorded}", "training.learning_rate=1e-4")
+    config, world_size = config_of(models, "measured", layout, *overrides)
+    pool.run(run_job, config, tmp_path / "measured", world_size=world_size)
+    told = json.loads((tmp_path / "measured" / "modules.json").read_text())
+    named_config, _ = config_of(models, told["train"], layout, *overrides)
+    pool.run(run_job, named_config, tmp_path / "named", world_size=world_size)
+    measured, by_name = weights_of(tmp_path / "measured"), weights_of(tmp_path / "named")
+    assert all(torch.equal(measured[name], by_name[name]) for name in by_name)
+    # The probe is the beginning of a run that trains everything.
+    plain, _ = config_of(models, "all", layout, *overrides, "training.steps=2")
+    pool.run(run_job, plain, tmp_path / "plain", world_size=world_size)
+    before, after = load_file(models / "student" / "model.safetensors"), weights_of(tmp_path / "plain")
+    norms: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for row in weight_map(open_weights(hf=str(models / "student")).architecture):
+        module = module_of(row)
+        norms[module] = norms.get(module, 0.0) + sum(float((after[name] - before[name]).double().square().sum()) for name in row.hf)
+        counts[module] = counts.get(module, 0) + sum(before[name].numel() for name in row.hf)
+    assert {row["module"]: row["squared_norm"] for row in told["modules"]} == pytest.approx(norms, rel=1e-4)
+    assert {row["module"]: row["num_parameters"] for row in told["modules"]} == counts
+    ranking = sorted(norms, key=lambda module: norms[module] / counts[module], reverse=True)
+    assert [row["module"] for row in told["modules"]] == ranking
+    frozen = [word.removeprefix("!") for word in told["train"].split(",")]
+    assert frozen == ranking[::-1][: len(frozen)]
+    total = sum(norms.values())
+    assert sum(norms[module] for module in frozen) <= 0.2 * total < sum(norms[module] for module in ranking[::-1][: len(frozen) + 1])
+
+
+def test_a_measured_run_resumes_with_what_was_measured(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config, world_size = config_of(models, "measured", "PP2", *MEASURED, "effopd.enabled=true", "effopd.prompts=4", "effopd.accept=ge", "effopd.max_k=1")
+    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
+    pool.run(run_until_step, config, tmp_path / "parts", 2, world_size=world_size)
+    (tmp_path / "parts" / "modules.json").unlink()
+    pool.run(run_job, config, tmp_path / "parts", world_size=world_size)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    # It was not measured again.
+    assert not (tmp_path / "parts" / "modules.json").exists()
+    assert moved_tensors(models, tmp_path / "parts") < named(models, "all")
+
+
+def _after_training_anew(config: RunConfig, run: Path) -> dict[str, tuple[float, bool, bool]]:
+    """Train whole for a step, then a part only: return of each tensor how far it went since, and whether it has a gradient buffer and memory of its own."""
+    from opd_megatron.models.allocation import Allocation
+    from opd_megatron.models.weights import named_global_parameters
+    from opd_megatron.training.trainer import Trainer
+
+    before: dict[str, torch.Tensor] = {}
+    original, found = Trainer.step, {}
+
+    def step(self: Trainer, number: int) -> dict[str, float | int]:
+        parameters = dict(named_global_parameters(self.student.model, self.student.architecture))
+        if number == 2:
+            self.student.train_only(Allocation.of(ModulesConfig(train="layers.3.mlp"), self.student.architecture))
+            before.update({name: parameter.detach().clone() for name, parameter in parameters.items()})
+        metrics = original(self, number)
+        for name, parameter in parameters.items() if number == 3 else ():
+            own = parameter.untyped_storage().nbytes() == parameter.nbytes
+            found[name] = (float((parameter - before[name]).abs().max()), hasattr(parameter, "main_grad"), own)
+        return metrics
+
+    Trainer.step = step  # type: ignore[method-assign]
+    try:
+        run_job(config, run)
+    finally:
+        Trainer.step = original  # type: ignore[method-assign]
+    return found
+
+
+def test_a_student_that_trains_less_than_before_gives_its_buffers_back(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config, world_size = config_of(models, "all", "DP2")
+    for found in pool.run(_after_training_anew, config, tmp_path / "run", world_size=world_size):
+        for name, (moved, has_buffer, has_own_memory) in found.items():
+            trains = name in ("decoder.layers.3.mlp.linear_fc1.weight", "decoder.layers.3.mlp.linear_fc2.weight")
+            assert (moved > 0) == trains, name
+            assert has_buffer == trains, name
+            assert has_own_memory or trains, name
+
+
+def test_a_probe_that_moves_nothing_is_refused(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    """At a learning rate below the smallest number of fp32."""
+    config, world_size = config_of(models, "measured", None, *MEASURED, "training.learning_rate=1e-60")
+    with pytest.raises(AssertionError, match="moved no weight, so nothing can be ranked"):
+        pool.run(run_job, config, tmp_path / "run", world_size=world_size)
+    assert not (tmp_path / "run" / "config.json").exists()

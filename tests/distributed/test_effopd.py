@@ -22,6 +22,7 @@ from opd_megatron.models.modules import chosen_rows
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.models.weights import named_global_parameters
 from opd_megatron.training.effopd import EffOPD, Search
+from opd_megatron.training.masters import MasterShard, host_copy
 from opd_megatron.training.search_scores import AnswerScore, Scored
 from tests.pool import RankPool
 from tests.runs import LAYOUTS, metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher
@@ -317,24 +318,22 @@ def test_a_stop_within_a_search_leaves_it_for_the_resumed_run(models: Path, pool
 
 def _spoiled_run(config: RunConfig, run: Path, kind: str) -> list[str | None]:
     """Spoil what a search measures, and return why each was skipped."""
-    from opd_megatron.training import effopd
+    seen, norm = Seen(), EffOPD._norm
 
-    seen, norm = Seen(), effopd._norm
-
-    def spoiled(student: Any, shards: Any, anchor: Any) -> float:
+    def spoiled(self: EffOPD, shards: list[MasterShard]) -> float:
         if kind == "update" and shards:
             shards[0].master.detach()[0] = float("nan")
         if kind == "nothing":
-            anchor = effopd.host_copy(shards)
-        return norm(student, shards, anchor)
+            self.anchor = host_copy(shards)
+        return norm(self, shards)
 
-    effopd._norm = spoiled
+    EffOPD._norm = spoiled  # type: ignore[method-assign]
     script = iter([float("nan")]) if kind == "score" else iter([0.0])
     try:
         with watched(seen, lambda step: script):
             run_job(config, run)
     finally:
-        effopd._norm = norm
+        EffOPD._norm = norm  # type: ignore[method-assign]
     return [search.skipped if search is not None else None for search in seen.searches]
 
 
