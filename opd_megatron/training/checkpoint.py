@@ -146,10 +146,10 @@ class CheckpointFolder:
         student.optimizer.load_state_dict(state["optimizer"])
         if student.average is not None:
             slices = student.average.slices
-            for parameter, tensor in loaded_beside(student.model, state["average"]):
+            for parameter, tensor in loaded_beside(student.model, state.get("average", {})):
                 slices[parameter].copy_(tensor)
         if search is not None:
-            search.resume(progress.searches, dict(loaded_beside(student.model, state["anchor"])))
+            search.resume(progress.searches, dict(loaded_beside(student.model, state.get("anchor", {}))))
         unshare_adam_step(student.optimizer)
         with shared_errors():
             if not (has_finite_state(student.optimizer) and all(bool(parameter.isfinite().all()) for parameter in student.model.parameters())):
@@ -214,7 +214,8 @@ def _sharded_state(student: Student, search: EffOPD | None, *, is_loading: bool)
     if search is not None:
         slices = search.empty_slices() if is_loading else search.anchor_slices()
         state["anchor"] = sharded_beside(student.model, entries(), slices, "effopd_anchor.", only_copy=False)
-    return state
+    # What a rank has nothing of would look like a value that ranks disagree on.
+    return {name: part for name, part in state.items() if part}
 
 
 def _checkpoint_bytes(student: Student, search: EffOPD | None) -> int:

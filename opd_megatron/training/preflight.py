@@ -24,6 +24,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     check_templates(config.data, config.privileged)
     if isinstance(config.evaluation.prompts, str):
         check_source(config.evaluation.prompts, "evaluation.prompts")
+    if config.effopd.enabled and isinstance(config.effopd.prompts, str):
+        check_source(config.effopd.prompts, "effopd.prompts")
     if config.rollout.replay:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _open_model("student", config.student)

@@ -26,6 +26,7 @@ from opd_megatron.training.masters import MasterShard, host_copy
 from opd_megatron.training.search_scores import AnswerScore, Scored
 from tests.pool import RankPool
 from tests.runs import LAYOUTS, metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher
+from tests.tiny import write_tiny_model
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,6 +57,9 @@ def whole_masters(search: EffOPD, key: str) -> Tensors:
         for parameter in part.model_param_group_index_map:
             of[parameter] = part._get_main_param_and_optimizer_states(parameter).get(key), part._get_model_param_range_map(parameter)["param"]
     for name, parameter in named_global_parameters(search.student.model, search.student.architecture):
+        if not parameter.requires_grad:
+            found[name] = parameter.detach().float().clone()
+            continue
         flat = torch.zeros(parameter.numel())
         if parameter in of and of[parameter][0] is not None:
             numbers, owned = of[parameter]
@@ -193,6 +197,38 @@ def test_a_jump_stays_when_the_next_step_has_no_gradient(models: Path, pool: Ran
     jumped, plain = final.values()
     changed = [name for name in jumped if not torch.equal(jumped[name], plain[name])]
     assert len(changed) > len(jumped) / 2
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("mixture") / "hf", "qwen3_moe", tied=True, vocab_size=263, seed=3, scale=0.3)
+
+
+EXPERTS = [({"expert": 2, "pipeline": 2}, "paper", "all"), ({"tensor": 2, "sequence": True, "expert": 2}, "router,mlp", "*.mlp.experts.*,router")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "moved", "train"), EXPERTS)
+def test_experts_follow_the_decisions_wherever_they_are(
+    models: Path, mixture: Path, pool: RankPool, tmp_path: Path, layout: dict[str, Any], moved: str, train: str
+) -> None:
+    """Once with nothing but experts and routers that train; stopped and resumed after the second search."""
+    config = apply_overrides(
+        small_config(models, **layout),
+        [f"student.hf={mixture}", "effopd.enabled=true", "effopd.prompts=6", "training.steps=4", f"effopd.modules={moved}", f"modules.train={train}"],
+    )
+    starts = pool.run(start_of, config, world_size=4)
+    names = moved_names(config, moved) & moved_names(config, train)
+    script = {1: SCRIPT[1], 2: SCRIPT[2], 4: SCRIPT[4]}
+    for start, seen in zip(starts, pool.run(scripted_run, config, tmp_path / "run", script, world_size=4), strict=True):
+        check_searches(seen, start, [5, 0, 2], names)
+    real = apply_overrides(config, ["effopd.score=divergence", "effopd.spacing=0.5", "training.learning_rate=3e-4"])
+    pool.run(run_job, real, tmp_path / "whole", world_size=4)
+    pool.run(run_until_step, real, tmp_path / "parts", 2, world_size=4)
+    pool.run(run_job, real, tmp_path / "parts", world_size=4)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "parts")
 
 
 def _noisy_run(config: RunConfig, run: Path) -> list[int]:
