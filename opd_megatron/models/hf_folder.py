@@ -79,6 +79,8 @@ def open_hf_folder(path: str | Path) -> HFFolder:
 def read_architecture(folder: Path) -> Architecture:
     """Return the architecture named by a folder's config.json."""
     config = folder / "config.json"
+    if not config.is_file() and (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter (LoRA) and no model: merge it into its base model first (PEFT's merge_and_unload), and name the result")
     if not config.is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: no config.json in it; give a local folder with config.json and safetensors files")
     return parse_architecture(_read_json(config), str(config))

@@ -83,8 +83,9 @@ def _is_named(word: str, row: MappedTensor) -> bool:
 
 
 def _close(word: str, rows: Sequence[MappedTensor]) -> str:
+    kinds = get_args(ModuleKind)
     names = [name for row in rows for name in (row.megatron, *row.hf)]
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return (
-        f"did you mean {', '.join(close)}?" if close else f"use all, paper, released, one of {', '.join(get_args(ModuleKind))}, or a pattern such as {names[1]}"
-    )
+    close = difflib.get_close_matches(word, [*kinds, *(module_of(row) for row in rows), *names], n=3, cutoff=0.5)
+    # Rows of one module, and experts of one tensor, have the same names.
+    close = list(dict.fromkeys(close))
+    return f"did you mean {', '.join(close)}?" if close else f"use all, paper, released, one of {', '.join(kinds)}, or a pattern such as {names[1]}"

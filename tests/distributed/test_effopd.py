@@ -7,6 +7,8 @@ reading of the paper on this rank's whole slices. Not covered: GPUs.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -326,9 +328,6 @@ def _stopped_in_a_search(config: RunConfig, run: Path, at_step: int) -> str:
 
     def stopped(self: EffOPD, k: int, scored: Scored, best: Scored) -> Any:
         if len(self.history) == at_step.bit_length() - 1 and k == 1 and dist.get_rank() == 0:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
         return judge(self, k, scored, best)
 
@@ -347,6 +346,36 @@ def test_a_stop_within_a_search_leaves_it_for_the_resumed_run(models: Path, pool
     assert pool.run(_stopped_in_a_search, config, tmp_path / "parts", at_step, world_size=world_size) == ["interrupted"] * world_size
     assert [search["step"] for search in without_seconds(tmp_path / "parts")] == [step for step in (1, 2, 4) if step < at_step]
     assert pool.run(run_job, config, tmp_path / "parts", world_size=world_size) == ["finished"] * world_size
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "parts")
+
+
+def _killed_in_a_search(config: RunConfig, run: Path, kill_at: int) -> str:
+    """Let the last rank die while the second candidate of one search is in the weights."""
+    judge = EffOPD._judge
+
+    def dying(self: EffOPD, k: int, scored: Scored, best: Scored) -> Any:
+        if len(self.history) == kill_at.bit_length() - 1 and k == 2 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return judge(self, k, scored, best)
+
+    EffOPD._judge = dying  # type: ignore[method-assign]
+    try:
+        return run_job(config, run)
+    finally:
+        EffOPD._judge = judge  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_a_search_leaves_the_last_accepted_weights(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    """They are in the checkpoint before it, from which the run goes on as if nothing had been."""
+    config, world_size = config_of(models, "PP2", *REAL, "training.steps=5", "effopd.accept=ge", "effopd.spacing=0.1", "checkpoint.every_steps=1")
+    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
+    with pytest.raises(AssertionError):
+        pool.run(_killed_in_a_search, config, tmp_path / "parts", 4, world_size=world_size, timeout=20)
+    assert [search["step"] for search in without_seconds(tmp_path / "parts")] == [1, 2]
+    pool.run(run_job, config, tmp_path / "parts", world_size=world_size)
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "parts")

@@ -171,6 +171,9 @@ MISTAKES = {
     "no such record": (["rollout.replay=/nowhere"], "has no record of step 1"),
     "other data recorded": (["rollout.replay={cut}", "training.steps=1"], "is not a recorded rollout"),
     "tokens without bytes": (["alignment.kind=strict", "teacher.hf={words}"], "the teacher's tokenizer cannot be aligned"),
+    "nothing to grade": (["effopd.enabled=true", "data.prompts={unanswered}"], "set data.answer_key, or effopd.score=divergence, which needs no grader"),
+    "fewer prompts than a search asks": (["effopd.enabled=true", "effopd.prompts=65"], "effopd.prompts=65 are more than the 64 training prompts"),
+    "adapter": (["student.hf={adapter}"], "holds an adapter (LoRA) and no model: merge it into its base model first"),
     "more than the vocabulary": (["loss.kind=topk_tail_forward", "loss.top_k=1000"], "exceeds the student's vocabulary"),
 }
 
@@ -193,11 +196,27 @@ def broken(models: Path) -> dict[str, str]:
     cut = models / "cut"
     (cut / "rollouts").mkdir(parents=True)
     (cut / "rollouts" / "step_1.jsonl").write_text('{"prompt_index": 0, "prom')
-    return {"empty": str(empty), "truncated": str(truncated), "missing": str(missing), "other": str(other), "cut": str(cut), "words": str(words)}
+    unanswered = models / "unanswered.jsonl"
+    unanswered.write_text("\n".join(json.dumps({"prompt": f"say {i}"}) for i in range(64)) + "\n")
+    adapter = models / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "student"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    made = {"unanswered": str(unanswered), "adapter": str(adapter)}
+    return {**made, "empty": str(empty), "truncated": str(truncated), "missing": str(missing), "other": str(other), "cut": str(cut), "words": str(words)}
 
 
 # Found after the seconds of imports: here by ranks that have them behind them (tests/programs.py). "other recipe" is started as a user would start it.
-FOUND_LATE = ("tokens without bytes", "empty data", "every prompt too long", "other data recorded", "unwritable", "in use")
+FOUND_LATE = (
+    "nothing to grade",
+    "fewer prompts than a search asks",
+    "tokens without bytes",
+    "empty data",
+    "every prompt too long",
+    "other data recorded",
+    "unwritable",
+    "in use",
+)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -158,6 +158,17 @@ MISTAKES = {
         ["student.checkpoint='nowhere' is not a Megatron checkpoint", "metadata.json"],
     ),
     "data file": (["quickstart", "--check", "data.prompts=nowhere.jsonl"], ["data.prompts='nowhere.jsonl' does not exist", "working directory"]),
+    "modules that are not there": (["quickstart", "--check", "modules.train=attn"], ["modules.train='attn': 'attn' names no tensor", "did you mean attention"]),
+    "nothing to train": (["quickstart", "--check", "modules.train=!all"], ["modules.train='!all' leaves no tensor"]),
+    "rates of what does not train": (
+        ["quickstart", "--check", "modules.train=mlp", 'modules.learning_rate_factors={"attention": 2}'],
+        ["'attention' names only what modules.train='mlp' leaves out"],
+    ),
+    "nothing to extrapolate": (
+        ["quickstart", "--check", "effopd.enabled=true", "modules.train=norm"],
+        ["effopd.modules='paper' moves only what modules.train='norm' leaves where it is"],
+    ),
+    "extrapolation's file": (["quickstart", "--check", "effopd.enabled=true", "effopd.prompts=no.jsonl"], ["effopd.prompts='no.jsonl' does not exist"]),
     "evaluation file": (["quickstart", "--check", "evaluation.prompts=nowhere.parquet"], ["evaluation.prompts='nowhere.parquet' does not exist"]),
 }
 

@@ -5,6 +5,7 @@ Not covered: how the report looks, and the bar on a terminal.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -333,3 +334,46 @@ def test_the_command_line_refuses_what_is_no_folder_without_a_traceback(tmp_path
     assert done.returncode == 2
     assert "nowhere is not a run directory" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_accuracy_is_told_against_steps_and_against_time_with_the_probes_in_it(tmp_path):
+    """The teacher has 80 %, so 76 % is near it: reached after step 8, which is 8 x 4 s and the probes' 10 s of steps 4 and 8."""
+    run = open_run(tmp_path / "run")
+    writer = MetricsWriter(run, first_step=1)
+    writer.log_evaluation(evaluation(0, "teacher", 0.8))
+    for step in range(1, 13):
+        searched = {"probe_seconds": 5.0, "step_seconds": 9.0, "effopd_accepted_k": step - 4, "effopd_responses": 150} if step in (4, 8) else {}
+        writer.log_step(step_metrics(step, **searched))
+        if step in (4, 8, 12):
+            writer.log_evaluation(evaluation(step, "student", {4: 0.5, 8: 0.77, 12: 0.79}[step]))
+    writer.log_search({"step": 8, "accepted_k": 4, "score": math.nan})
+    writer.close()
+    run.write_status("finished")
+    history = read_history(run.path)
+    assert history.step_reaching(0.76) == 8
+    assert history.seconds_until(8) == 42.0
+    assert history.step_reaching(0.9) is None
+    text = assert_valid_and_self_contained(write_report([run.path], run.report_path))
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", text)
+    table = dict(itertools.pairwise(cells))
+    assert table["Steps to 95 % of the teacher&#39;s accuracy"] == "8"
+    assert table["Time to 95 % of the teacher&#39;s accuracy, in steps"] == "42.0 s"
+    assert table["Of it in probes for extrapolated weights"] == "10.0 s"
+    assert table["Extrapolations accepted"] == "1 of 2 searches, 300 responses"
+    assert "Accuracy against training time" in text
+    assert json.loads(run.searches_path.read_text())["score"] is None
+
+
+def test_searches_that_will_be_made_again_are_dropped(tmp_path):
+    run = open_run(tmp_path)
+    for first_step, steps in ((1, (1, 2, 4)), (3, (4,))):
+        writer = MetricsWriter(run, first_step=first_step)
+        for step in steps:
+            writer.log_search({"step": step, "of": first_step})
+        writer.close()
+    assert [json.loads(line)["of"] for line in run.searches_path.read_text().splitlines()] == [1, 1, 3]
+
+
+def test_a_teacher_that_was_never_reached_is_said(tmp_path):
+    text = write_report([write_run(tmp_path / "run").path], tmp_path / "report.html").read_text()
+    assert "not reached" in text
