@@ -135,11 +135,12 @@ class Student:
         self._leave()
 
     def describe_trained(self) -> str:
-        """Return one line on what trains, for the log."""
+        """Return one line on what trains, and what its gradients take on this rank, for the log."""
         rows = weight_map(self.architecture)
         numbers, trained = (sum(math.prod(row.shape) for row in chosen) for chosen in (rows, [row for row in rows if row.name in self.allocation.trained]))
         rates = f"; {len(self.allocation.factors)} tensors have a learning rate of their own" if self.allocation.factors else ""
-        return f"training {trained:,} of {numbers:,} parameters ({trained / numbers:.1%}){rates}"
+        gradients = sum(buffer.numel * buffer.grad_dtype.itemsize for chunk in self.ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
+        return f"training {trained:,} of {numbers:,} parameters ({trained / numbers:.1%}), {gradients:,} bytes of gradients on rank {dist.get_rank()}{rates}"
 
     def _leave_buffers(self) -> None:
         """Take the parameters out of the buffers of an earlier DistributedDataParallel, and its hooks off them."""
