@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from opd_megatron.analysis.experiments import SCALES, plan_experiments
 from opd_megatron.analysis.measure import Measured, TensorUpdate, group, grouped
 from opd_megatron.analysis.spectra import (
     first_directions,
@@ -22,6 +23,9 @@ from opd_megatron.analysis.spectra import (
     top_directions,
     with_norm,
 )
+from opd_megatron.models.modules import layer_of, module_kind
+from opd_megatron.models.weight_map import weight_map
+from tests.model_configs import architecture_of
 
 # Of fp32 arithmetic on matrices of up to 200 numbers a side.
 CLOSE = {"rel": 1e-5}
@@ -73,8 +77,8 @@ def test_the_numbers_are_those_of_their_definitions() -> None:
 def test_what_rounding_alone_makes_has_no_rank() -> None:
     delta = matrix(200, 100, [5.0, 1.0, 1e-3])
     assert numerical_rank(torch.linalg.svdvals(delta), delta.shape) == 3
-    # 5 * 200 * 2^-23 is 1.2e-4.
-    assert spectrum(matrix(200, 100, [5.0, 1.0, 1e-5])).rank == 2
+    # The larger side decides: 5 * 200 * 2^-23 is 1.2e-4, and 5 * 100 * 2^-23 would be 6e-5.
+    assert [spectrum(matrix(*shape, [5.0, 1.0, 9e-5])).rank for shape in ((200, 100), (100, 200), (100, 100))] == [2, 2, 3]
     assert spectrum_of(torch.linalg.svdvals(torch.zeros(4, 6)), (4, 6)) is None
 
 
@@ -177,3 +181,26 @@ def test_the_rounding_floor_is_of_what_moved_and_is_rounded() -> None:
     ]
     assert Measured(tensors=[exact], num_layers=2, embedding_cosine=1.0).rounding_floor is None
     assert Measured(tensors=[exact, *rounded], num_layers=2, embedding_cosine=1.0).rounding_floor == 1.0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_experiments_name_the_tensors_that_they_say(family: str) -> None:
+    """Biases stay with windows and are no matrices; a router is neither attention nor MLP; experts are MLP."""
+    extra = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 40} if family == "qwen3_moe" else {}
+    rows = weight_map(architecture_of(family, num_hidden_layers=5, **extra))
+    planned = plan_experiments(rows, 5, radius=1, fractions=[0.1], has_early=True)
+    by_name = {experiment.name: experiment for experiment in planned if experiment.name not in ("scaled", "window")}
+    assert [experiment.name for experiment in planned[:2]] == ["base", "final"]
+    assert [experiment.amount for experiment in planned if experiment.name == "scaled"] == list(SCALES)
+    matrices = {row.name for row in rows if len(row.shape) == 2 and layer_of(row) is not None and ".router." not in row.name}
+    for name in ("matrices", "top", "tail", "early_rescaled_matrices"):
+        assert by_name[name].changes.keys() == matrices, name
+    assert by_name["early"].changes.keys() == by_name["early_rescaled"].changes.keys() == by_name["final"].changes.keys() == {row.name for row in rows}
+    assert not by_name["base"].changes
+    windows = [experiment for experiment in planned if experiment.name == "window"]
+    assert [(one.kind, one.layer, one.num_layers) for one in windows] == [
+        (kind, layer, size) for kind in ("attention", "mlp") for layer, size in enumerate((2, 3, 3, 3, 2))
+    ]
+    for one in windows:
+        assert one.changes.keys() == {row.name for row in rows if module_kind(row) == one.kind and abs((layer_of(row) or 0) - (one.layer or 0)) <= 1}
+    assert not [one for one in plan_experiments(rows, 5, radius=None, fractions=[], has_early=False) if one.name in ("window", "top", "early")]
