@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import opd_megatron
@@ -67,7 +68,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
     # Singular values of a large model take long: whatever else may be wrong is found before.
     experiments = _open_experiments(run, arguments) if arguments.window is not None or arguments.recover else None
     console = _console()
-    measured = measure(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with console.status("") as status:
+        measured = measure(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"), lambda row: status.update(f"measuring {escape(row.name)}"))
     _show(console, run, measured)
     outcomes = experiments(console) if experiments is not None else []
     _write(file, json.dumps(as_record(run, measured, outcomes), indent=1, allow_nan=False) + "\n")

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from opd_megatron.analysis.experiments import Outcome
 from opd_megatron.analysis.measure import Group, Measured, grouped
 from opd_megatron.models.modules import ModuleKind
-from opd_megatron.reporting.plots import RUN_COLORS, styled_figure
+from opd_megatron.reporting.plots import RUN_COLORS, TEACHER_COLOR, styled_figure
 
 _KINDS: tuple[ModuleKind, ...] = ("attention", "mlp")
 _LABELS = {
@@ -105,15 +105,18 @@ def _draw_bars(ax: Axes, outcomes: Sequence[Outcome]) -> None:
 
 def _draw_windows(ax: Axes, windows: Sequence[Outcome], others: Sequence[Outcome]) -> None:
     radius = int(windows[0].experiment.amount or 0)
-    ax.set_title(f"Accuracy with the update of layers within {radius} of one, %", pad=10)
+    ax.set_title("Accuracy with a window of layers, %", pad=10)
     for kind, color in zip(_KINDS, RUN_COLORS, strict=False):
         chosen = [outcome for outcome in windows if outcome.experiment.kind == kind]
         layers, accuracies = [outcome.experiment.layer or 0 for outcome in chosen], [100 * outcome.accuracy for outcome in chosen]
         ax.plot(layers, accuracies, color=color, label=kind, marker="o", markersize=4)
     for outcome in others:
         if outcome.experiment.name in ("base", "final"):
-            ax.axhline(100 * outcome.accuracy, color="#80868b", linewidth=1.0, linestyle=(0, (2, 2)), label=outcome.experiment.name)
+            height = 100 * outcome.accuracy
+            ax.axhline(height, color=TEACHER_COLOR, linewidth=1.0, linestyle=(0, (2, 2)))
+            ax.annotate(outcome.experiment.name, (0.99, height), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right")
     _number_layers(ax)
+    ax.set_xlabel(f"middle of the window of radius {radius}, from 0")
     ax.set_ylim(bottom=0)
     ax.legend(loc="best")
 
