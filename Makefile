@@ -33,7 +33,7 @@ quickstart: setup
 # Remake the models that the CPU recipes start from: recipes/assets/tiny_*.
 models: setup
 	$(RUN) tools/make_tiny_models.py --out runs/tiny
-	for name in tiny_teacher tiny_student tiny_reader tiny_merged_teacher; do \
+	for name in tiny_teacher tiny_student tiny_deep_student tiny_reader tiny_merged_teacher; do \
 	  $(RUN) -m recipes.run $$name --nproc-per-node 2 --run-dir runs/$$name && \
 	  rm -rf recipes/assets/$$name && cp -r runs/$$name/hf recipes/assets/$$name || exit; \
 	done

@@ -54,6 +54,11 @@ def tiny_student() -> RunConfig:
     return _supervised("runs/tiny/student", steps=200, data=_spelling(128, longest_word=5))
 
 
+def tiny_deep_student() -> RunConfig:
+    """Make a student of 8 thin layers, to see where an update goes: the warm-up of `tiny_student`."""
+    return _supervised("runs/tiny/deep_student", steps=400, data=_spelling(128, longest_word=5))
+
+
 def tiny_reader() -> RunConfig:
     """Make the student that teaches itself (`opsd`): a warm-up on words of 3 to 5 letters, and on words of 3 to 7 with the solution in the prompt."""
     data = DataConfig(prompts="runs/tiny/warm_up.jsonl", batch_prompts=128, max_prompt_tokens=64, grader="exact")
@@ -84,3 +89,20 @@ def quickstart() -> RunConfig:
 def quickstart_sft() -> RunConfig:
     """What supervised fine-tuning makes of the quickstart's student in as many steps on the reference answers."""
     return _supervised("recipes/assets/tiny_student", steps=100, data=_spelling(128))
+
+
+def deep_opd() -> RunConfig:
+    """The quickstart with the student of 8 layers, checkpoints kept from early on: `tools/analyze_updates.py` reads them."""
+    base = quickstart()
+    return replace(
+        base,
+        world_size=1,
+        student=StudentConfig(hf="recipes/assets/tiny_deep_student", vocab_multiple=1),
+        checkpoint=CheckpointConfig(every_steps=10, keep=100),
+    )
+
+
+def deep_sft() -> RunConfig:
+    """The control of `deep_opd`: as many steps of supervised fine-tuning on the reference answers."""
+    base = _supervised("recipes/assets/tiny_deep_student", steps=100, data=_spelling(128))
+    return replace(base, world_size=1, checkpoint=CheckpointConfig(every_steps=10, keep=100))

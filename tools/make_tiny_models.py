@@ -1,11 +1,11 @@
-"""Write what the CPU recipes' models are made from: untrained Hugging Face folders of the Qwen3 architecture, a teacher, a smaller student and a teacher
-with another tokenizer, and the warm-up of a student that can teach itself.
+"""Write what the CPU recipes' models are made from: untrained Hugging Face folders of the Qwen3 architecture, a teacher, two smaller students, one of them
+deep, and a teacher with another tokenizer, and the warm-up of a student that can teach itself.
 
     python tools/make_tiny_models.py --out runs/tiny
 
 The tokenizers are byte level, so any text round-trips; the fixed words of the demonstration task are single tokens, which keeps its prompts at about 14
 tokens. That of teacher and student has no merges; the other teacher's has those that its words' commonest pieces need, other special tokens, ids and
-chat template. `make models` trains all (recipes tiny_teacher, tiny_student, tiny_reader and tiny_merged_teacher).
+chat template. `make models` trains all (recipes tiny_teacher, tiny_student, tiny_deep_student, tiny_reader and tiny_merged_teacher).
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ MERGED_CHAT_TEMPLATE = (
 SIZES: dict[str, dict[str, Any]] = {
     "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "tie_word_embeddings": False},
     "student": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 24, "tie_word_embeddings": True},
+    # Deep enough to have a middle, in less than a megabyte.
+    "deep_student": {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 8, "head_dim": 16, "tie_word_embeddings": True},
     "merged_teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "tie_word_embeddings": False},
 }
 
@@ -124,10 +126,10 @@ def write_warm_up(file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write untrained tiny Qwen3 models, one of them with another tokenizer, and the data of a warm-up.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for teacher/, student/, merged_teacher/ and warm_up.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for teacher/, student/, deep_student/, merged_teacher/ and warm_up.jsonl")
     parser.add_argument("--seed", type=int, default=1234)
     arguments = parser.parse_args()
-    tokenizers = {"teacher": tiny_tokenizer(), "student": tiny_tokenizer(), "merged_teacher": merged_tokenizer(spelling_texts())}
+    tokenizers = {role: tiny_tokenizer() for role in ("teacher", "student", "deep_student")} | {"merged_teacher": merged_tokenizer(spelling_texts())}
     for role, tokenizer in tokenizers.items():
         write_model(arguments.out / role, role, tokenizer, arguments.seed)
     write_warm_up(arguments.out / "warm_up.jsonl")

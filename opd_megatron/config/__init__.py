@@ -9,6 +9,7 @@ from opd_megatron.config.modules import ModulesConfig
 from opd_megatron.config.nearest import name_changes, nearest_layouts
 from opd_megatron.config.overrides import all_keys, apply_overrides
 from opd_megatron.config.run import CheckpointConfig, EvaluationConfig, RolloutConfig, RunConfig, TrainingConfig
+from opd_megatron.config.stored import from_json
 
 __all__ = [
     "AlignmentConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingConfig",
     "all_keys",
     "apply_overrides",
+    "from_json",
     "name_changes",
     "nearest_layouts",
 ]

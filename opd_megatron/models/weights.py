@@ -36,6 +36,8 @@ DAMAGE = (
     *(OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError),
     *(pickle.UnpicklingError, CheckpointingException, dcp.api.CheckpointException),
 )
+# Megatron-Core keeps an optimizer's fp32 weights in the model's shapes, under the model's names after this.
+_MASTERS = "optimizer.state.param."
 _MAX_SHARD_BYTES = 5 * 1024**3
 # Buffers that old checkpoints of these families store and no model needs.
 _IGNORED_HF = re.compile(r"rotary_emb\.inv_freq$")
@@ -131,13 +133,30 @@ class CheckpointWeights:
 
         Only the stored pieces that hold it are read, and vocabulary padding is not.
         """
+        return self._read(row.megatron, row)
+
+    def read_exact(self, row: MappedTensor) -> torch.Tensor:
+        """Return the same in fp32: of a run in bf16 the optimizer's master weight, where there is one, which training moves and `read` is a rounding of."""
+        return self._read(row.megatron if self.is_rounded(row) else self._exact_key(row), row).float()
+
+    def is_rounded(self, row: MappedTensor) -> bool:
+        """Whether only a rounding to 16 bits is stored: a converted model, or a tensor that did not train."""
+        stored = self._tensors.get(self._exact_key(row))
+        return not (isinstance(stored, TensorStorageMetadata) and stored.properties.dtype == torch.float32)
+
+    def _exact_key(self, row: MappedTensor) -> str:
         stored = self._tensors[row.megatron]
+        assert isinstance(stored, TensorStorageMetadata)
+        return row.megatron if stored.properties.dtype == torch.float32 else _MASTERS + row.megatron
+
+    def _read(self, key: str, row: MappedTensor) -> torch.Tensor:
+        stored = self._tensors[key]
         assert isinstance(stored, TensorStorageMetadata)
         start, size = ([0] * len(row.shape), row.shape) if row.expert is None else ([row.expert] + [0] * len(row.shape), (1, *row.shape))
         box = ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size(size))
         tensor = torch.empty(size, dtype=stored.properties.dtype)
         try:
-            plan = dcp.LoadPlan(create_read_items_for_chunk_list(row.megatron, stored, [box]))
+            plan = dcp.LoadPlan(create_read_items_for_chunk_list(key, stored, [box]))
             self._reader.read_data(plan, _Into(tensor)).wait()
         except DAMAGE as error:
             raise ValueError(f"{self.path} is damaged: cannot read {row.name}: {damage_in(error)}") from None

@@ -132,7 +132,7 @@ def draw_report(histories: Sequence[RunHistory]) -> list[Plot]:
 
 def write_summary(histories: Sequence[RunHistory], path: Path) -> None:
     """Write accuracy, divergence and time split as one row into a PNG file."""
-    with _figure(3, (14.0, 3.7)) as (figure, axes):
+    with styled_figure(3, (14.0, 3.7)) as (figure, axes):
         for ax, title in zip(axes, ("Accuracy on held-out prompts", "Divergence from the teacher", "Where the time of a step goes"), strict=True):
             ax.set_title(title, pad=10)
         draw_accuracy(axes[0], histories)
@@ -339,7 +339,7 @@ def _color(index: int) -> str:
 
 
 @contextmanager
-def _figure(num_panels: int, inches: tuple[float, float]) -> Iterator[tuple[Figure, list[Axes]]]:
+def styled_figure(num_panels: int, inches: tuple[float, float]) -> Iterator[tuple[Figure, list[Axes]]]:
     """Lend a figure with `num_panels` axes in a row, under the style of the report, which ends with the block."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(
@@ -352,7 +352,7 @@ def _figure(num_panels: int, inches: tuple[float, float]) -> Iterator[tuple[Figu
 
 
 def _plot(title: str, caption: str, draw: Callable[[Axes], None]) -> Plot:
-    with _figure(1, PANEL_INCHES) as (figure, axes):
+    with styled_figure(1, PANEL_INCHES) as (figure, axes):
         draw(axes[0])
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -106,6 +106,8 @@ def test_the_committed_models_can_be_remade(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "tools/make_tiny_models.py", "--out", str(tmp_path / "tiny")], cwd=ROOT, check=True, timeout=120)
     _run("tiny_teacher", tmp_path / "teacher", f"student.hf={tmp_path / 'tiny' / 'teacher'}", ranks=2)
     _run("tiny_student", tmp_path / "student", f"student.hf={tmp_path / 'tiny' / 'student'}", ranks=2)
-    # Other processors round differently, so the weights differ; what they can do must not. Both are measured on their own task.
+    _run("tiny_deep_student", tmp_path / "deep_student", f"student.hf={tmp_path / 'tiny' / 'deep_student'}", ranks=2)
+    # Other processors round differently, so the weights differ; what they can do must not. All are measured on their own task.
     assert _accuracy(tmp_path / "teacher")[-1] >= 0.95
+    assert _accuracy(tmp_path / "deep_student")[-1] >= 0.9
     assert _accuracy(tmp_path / "student")[-1] >= 0.85

@@ -31,6 +31,8 @@ ALLOWED = {
     "training": PARTS | {"rollout", "teacher", "evaluation", "parallel", "config", "reporting"},
     # Nobody but tools imports it: a run does not depend on its plan. It plans messages by the teacher's own routing of samples.
     "planning": {"models", "losses", "data", "teacher", "parallel", "config"},
+    # Nor does one on what is made of it afterwards. It evaluates as the run did.
+    "analysis": {"models", "training", "parallel", "config", "reporting"},
     # Leaves: anyone above may use them, they use nobody.
     "reporting": set(),
     "launch": set(),
