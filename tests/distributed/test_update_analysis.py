@@ -130,6 +130,17 @@ def test_a_sharded_checkpoint_says_what_a_whole_one_does(run: Path, pool: RankPo
     assert measure(open_run(sharded)) == measure(open_run(run))
 
 
+def test_a_run_that_began_with_a_checkpoint_is_measured_from_it(run: Path, models: Path, tmp_path: Path) -> None:
+    done = run_program("tools.convert_hf_to_megatron", "--hf", models / "student", "--out", tmp_path / "start")
+    assert done.returncode == 0, done.stderr
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    stored = json.loads((run / "config.json").read_text())
+    stored["config"]["student"] |= {"hf": None, "checkpoint": str(tmp_path / "start")}
+    (other / "config.json").write_text(json.dumps(stored))
+    assert measure(open_run(other)) == measure(open_run(run))
+
+
 def test_a_run_in_bf16_is_measured_by_its_master_weights(mixture_run: Path) -> None:
     opened = open_run(mixture_run)
     assert opened.early is not None
@@ -300,6 +311,13 @@ def test_a_base_that_is_the_final_model_has_no_shares(run: Path, tmp_path: Path)
     assert record["norm"] == 0
     assert all(tensor["share"] is None for tensor in record["tensors"])
     assert record["matrices"]["effective_rank"] is None
+
+
+def test_experiments_are_refused_on_several_ranks(graded_run: Path, tmp_path: Path) -> None:
+    done = run_program("tools.analyze_updates", graded_run, "--window", 1, "--json", tmp_path / "updates.json", "--plots", tmp_path, ranks=2)
+    assert done.returncode == 2, done.stderr
+    assert "on one rank, not 2: start the tool without torchrun" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def without_config(run: Path) -> None:
