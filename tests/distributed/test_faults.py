@@ -300,14 +300,14 @@ def _on_full_disk(config: RunConfig, run: Path, noticed_before: bool) -> str:
     original_save, original_usage = CheckpointFolder.save, shutil.disk_usage
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(self: CheckpointFolder, student: object, progress: checkpoint.Progress, ahead: object) -> Path:
+    def save(self: CheckpointFolder, student: object, progress: checkpoint.Progress, *further: object) -> Path:
         if progress.step == 2 and noticed_before:
             shutil.disk_usage = lambda _path: original_usage("/")._replace(free=1000)  # type: ignore[assignment]
         elif progress.step == 2 and dist.get_rank() == 1:
             # Files of this process and its writers may not grow beyond a few bytes: every write fails as on a full disk.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        return original_save(self, student, progress, ahead)  # type: ignore[arg-type]
+        return original_save(self, student, progress, *further)  # type: ignore[arg-type]
 
     CheckpointFolder.save = save  # type: ignore[method-assign, assignment]
     try:
