@@ -189,8 +189,19 @@ class RunConfig:
                 require(chosen == plain, f"{key}={_as_word(chosen)} needs training.objective=opd, not {self.training.objective}; set it to {_as_word(plain)}")
 
     def _check_effopd(self) -> None:
-        """Raise ValueError for a score that this run cannot give."""
-        if not self.effopd.enabled or self.effopd.score != "divergence":
+        """Raise ValueError for searches that this run cannot make."""
+        if not self.effopd.enabled:
+            return
+        steps = self.effopd.trigger_steps
+        require(
+            steps is None or steps[0] <= self.training.steps,
+            f"effopd.trigger_steps={steps} are all beyond training.steps={self.training.steps}; name earlier ones, or null for 1, 2, 4, 8, ...",
+        )
+        require(
+            isinstance(self.effopd.prompts, int) or self.effopd.prompts != self.evaluation.prompts,
+            f"effopd.prompts={self.effopd.prompts!r} is what evaluation.prompts names: weights would be chosen by what measures them; name another source",
+        )
+        if self.effopd.score != "divergence":
             return
         require(self.training.objective == "opd", f"effopd.score=divergence needs training.objective=opd, not {self.training.objective}; set it to accuracy")
         require(

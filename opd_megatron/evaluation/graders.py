@@ -37,13 +37,13 @@ def make_grader(data: DataConfig) -> Grader:
     return _guarded(_math_score if kind == "math_verify" else _exact_score, data)
 
 
-def check_gradable(prompts: Iterable[Prompt], data: DataConfig, way_out: str = "set data.answer_key") -> None:
-    """Raise ValueError, with the way out, for the first prompt without what its grader needs: the time to learn it is before training."""
+def check_gradable(prompts: Iterable[Prompt], data: DataConfig, way_out: str = "set data.answer_key", key: str = "data.prompts") -> None:
+    """Raise ValueError for the first prompt without what its grader needs, with the key that named the source: the time to learn it is before training."""
     by_entry = _kind(data) == "reasoning_gym"
     for prompt in prompts:
         if (prompt.entry if by_entry else prompt.answer) is None:
             raise ValueError(
-                f"prompt {prompt.index} of data.prompts={data.prompts!r} has no reference answer under data.answer_key={data.answer_key!r}, so it cannot be "
+                f"prompt {prompt.index} of {key}={data.prompts!r} has no reference answer under data.answer_key={data.answer_key!r}, so it cannot be "
                 f"graded; {way_out}"
             )
 

@@ -57,11 +57,29 @@ def chosen_rows(choice: str, rows: Sequence[MappedTensor]) -> list[MappedTensor]
     """
     words = [word.strip() for word in choice.split(",")]
     chosen = {row.name for row in rows} if words[0].startswith("!") else set()
+    # Of tensors that Megatron-Core fuses, the parts that words have named so far: those that add, and those that take away.
+    parts: dict[tuple[bool, str], set[str]] = {}
     for word in words:
-        named = {row.name for row in rows if _is_named(word.removeprefix("!"), row)}
-        if not named:
-            raise ValueError(f"{word!r} names no tensor of this model; {_close(word.removeprefix('!'), rows)}")
-        chosen = chosen - named if word.startswith("!") else chosen | named
+        takes_away, pattern = word.startswith("!"), word.removeprefix("!")
+        named: set[str] = set()
+        is_known = False
+        for row in rows:
+            if _is_named(pattern, row):
+                named.add(row.name)
+            elif halves := {name for name in row.hf if fnmatchcase(name, pattern)}:
+                found = parts.setdefault((takes_away, row.name), set())
+                found |= halves
+                is_known = True
+                if found == set(row.hf):
+                    named.add(row.name)
+        if not named and not is_known:
+            raise ValueError(f"{word!r} names no tensor of this model; {_close(pattern, rows)}")
+        chosen = chosen - named if takes_away else chosen | named
+    by_name = {row.name: row for row in rows}
+    for (_, name), found in parts.items():
+        row = by_name[name]
+        if found != set(row.hf):
+            raise ValueError(f"{choice!r} names {len(found)} of {', '.join(row.hf)}, which Megatron-Core keeps in one tensor, {row.megatron}; name all of them")
     return [row for row in rows if row.name in chosen]
 
 
@@ -72,18 +90,11 @@ def _is_named(word: str, row: MappedTensor) -> bool:
         return True
     if word in get_args(ModuleKind):
         return False
-    if fnmatchcase(row.name, word) or fnmatchcase(row.megatron, word):
-        return True
-    matched = [fnmatchcase(name, word) for name in row.hf]
-    if any(matched) and not all(matched):
-        raise ValueError(
-            f"{word!r} names {matched.count(True)} of {', '.join(row.hf)}, which Megatron-Core keeps in one tensor, {row.megatron}; name all of them"
-        )
-    return all(matched)
+    return fnmatchcase(row.name, word) or fnmatchcase(row.megatron, word) or all(fnmatchcase(name, word) for name in row.hf)
 
 
 def _close(word: str, rows: Sequence[MappedTensor]) -> str:
-    kinds = get_args(ModuleKind)
+    kinds = list(dict.fromkeys(module_kind(row) for row in rows))
     names = [name for row in rows for name in (row.megatron, *row.hf)]
     close = difflib.get_close_matches(word, [*kinds, *(module_of(row) for row in rows), *names], n=3, cutoff=0.5)
     # Rows of one module, and experts of one tensor, have the same names.

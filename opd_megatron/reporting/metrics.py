@@ -69,6 +69,8 @@ class RunHistory:
     status: Status | None
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    # Of EffOPD, unique by step.
+    searches: list[dict[str, Any]]
     remarks: list[str]  # what is missing or unreadable, one sentence each
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
@@ -82,7 +84,17 @@ class RunHistory:
 
     def seconds_until(self, step: int) -> float:
         """Return what the steps up to this one took together, probes included, evaluations and checkpoints not."""
-        return sum(seconds for number, seconds in zip(*self.series("step_seconds"), strict=True) if number <= step)
+        in_steps = sum(seconds for number, seconds in zip(*self.series("step_seconds"), strict=True) if number <= step)
+        return in_steps + sum(search["seconds"] for search in self._searches_after_a_resume() if search["step"] <= step)
+
+    def probe_seconds(self) -> float:
+        """Return what all searches for extrapolated weights took, those that a stop cut short included."""
+        return sum(self.series("probe_seconds")[1]) * bool(self.searches) + sum(search["seconds"] for search in self._searches_after_a_resume())
+
+    def _searches_after_a_resume(self) -> list[dict[str, Any]]:
+        """Return the searches that a stop had left to the resumed run: their steps' metrics were written before."""
+        in_steps = set(self.series("effopd_accepted_k")[0])
+        return [search for search in self.searches if search["step"] not in in_steps and _is_finite(search.get("seconds"))]
 
     def step_reaching(self, accuracy: float) -> int | None:
         """Return the first step after which the student was measured at this accuracy or more; None if it never was."""
@@ -114,6 +126,7 @@ def read_history(path: Path) -> RunHistory:
         remarks.append("status is missing: the run ended before its first step, or is not a run")
     steps = _by_key(_read_records(run.metrics_path, remarks, "training steps"), "step")
     evaluations = _by_key(_read_records(run.evals_path, remarks, "evaluations"), "step", "who")
+    searches = _by_key(_read_records(run.searches_path, remarks, "searches"), "step") if run.searches_path.is_file() else []
     return RunHistory(
         directory=run,
         name=run.path.resolve().name,
@@ -122,6 +135,7 @@ def read_history(path: Path) -> RunHistory:
         status=run.read_status(),
         steps=steps,
         evaluations=evaluations,
+        searches=searches,
         remarks=remarks,
     )
 

@@ -162,8 +162,8 @@ def _rows(histories: Sequence[RunHistory]) -> list[tuple[str, list[str]]]:
         (f"Time to {100 * _NEARLY:.0f} % of the teacher's accuracy, in steps", lambda h: _duration(h.seconds_until(_step_near_teacher(h) or 0))),
         ("Evaluation", _evaluation_setting),
         ("Steps", _steps_done),
-        ("Time in steps", lambda h: _duration(sum(h.series("step_seconds")[1]))),
-        ("Of it in probes for extrapolated weights", lambda h: _duration(sum(h.series("probe_seconds")[1]))),
+        ("Time in steps", lambda h: _duration(h.seconds_until(h.steps[-1]["step"] if h.steps else 0))),
+        ("Of it in probes for extrapolated weights", lambda h: _duration(h.probe_seconds())),
         ("Extrapolations accepted", _extrapolations),
         ("Time in evaluations", lambda h: _duration(sum(record.get("seconds") or 0 for record in h.evaluations))),
         ("Response tokens trained on", lambda h: _count(sum(h.series("response_tokens")[1]))),
@@ -220,7 +220,7 @@ def _steps_to_teacher(history: RunHistory) -> str:
 
 def _extrapolations(history: RunHistory) -> str:
     """Return how many searches moved the weights, and the responses that all of them cost."""
-    accepted, responses = history.series("effopd_accepted_k")[1], history.series("effopd_responses")[1]
+    accepted, responses = ([search.get(key) or 0 for search in history.searches] for key in ("accepted_k", "num_responses"))
     return f"{sum(k > 0 for k in accepted)} of {len(accepted)} searches, {_count(sum(responses))} responses" if accepted else NOTHING
 
 

@@ -35,6 +35,7 @@ from opd_megatron.training.student import Student
 logger = logging.getLogger(__name__)
 
 _PROGRESS_FILE = "progress.json"
+_REPLACED = ".replaced"
 # With teacher.staleness=1: the next step's samples, which the weights before this checkpoint's last update wrote.
 _AHEAD_FILE = "written_ahead.jsonl"
 # Optimizer state takes the shape of the parameters, so that any layout loads it; one tensor per layer keeps a reader's memory small.
@@ -188,10 +189,25 @@ class CheckpointFolder:
         if ahead is not None:
             record_rollouts(ahead, partial / _AHEAD_FILE)
         (partial / _PROGRESS_FILE).write_text(json.dumps(progress.to_json(), indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+        # A search that was made after a resume saves its step again: until the new one is there, the old one is, under one name or another.
+        replaced = final.with_name(final.name + _REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old)
+
+    def recover(self) -> None:
+        """Give a checkpoint its name back that was about to be replaced when its job ended; every rank calls it."""
+        with shared_errors():
+            for old in self.path.glob(f"step_*{_REPLACED}") if dist.get_rank() == 0 else ():
+                final = old.with_name(old.name.removesuffix(_REPLACED))
+                if final.exists():
+                    shutil.rmtree(old)
+                else:
+                    old.rename(final)
 
     def _steps(self) -> list[Path]:
         found = [(int(name[1]), path) for path in self.path.glob("step_*") if (name := re.fullmatch(r"step_(\d+)", path.name))]

@@ -21,7 +21,7 @@ from opd_megatron.models.modules import module_kind
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.models.weights import named_global_parameters
 from opd_megatron.parallel.world import agreed_by_rank_0
-from opd_megatron.training.masters import MasterShard, host_copy, master_shards, module_updates, publish, put_back, whole_slices
+from opd_megatron.training.masters import MasterShard, are_finite, host_copy, master_shards, module_updates, publish, put_back, whole_slices
 from opd_megatron.training.optimizer import restart_adam
 from opd_megatron.training.search_scores import Scored, SearchScore
 from opd_megatron.training.student import Student
@@ -79,7 +79,10 @@ class Search:
     def from_json(cls, record: Mapping[str, Any]) -> Search:
         """Return what `to_json` was made of; TypeError or KeyError for another record."""
         fields = {key: value for key, value in record.items() if key not in ("accepted_k", "candidates")}
-        return cls(**fields, candidates=tuple(Candidate(**candidate) for candidate in record["candidates"]))
+        search = cls(**fields, candidates=tuple(Candidate(**candidate) for candidate in record["candidates"]))
+        if type(search.step) is not int or type(search.update_norm) is not float or search.accepted_k != record["accepted_k"]:
+            raise TypeError(f"{record} is no search")
+        return search
 
     def metrics(self) -> dict[str, float | int]:
         """Return what metrics.jsonl has of it, at its step."""
@@ -130,8 +133,8 @@ class EffOPD:
     def maybe_probe(self, step: int, should_stop: Callable[[], bool]) -> Search | None:
         """Search where one follows this step; return what came of it.
 
-        None, with the weights as they were, if none is due or all ranks `should_stop` in between: then it is made after the resume. An error on the way
-        leaves the weights as they were.
+        None, with the weights as they were, if none is due or all ranks `should_stop` in between: then it is made after the resume. So it is after a
+        ValueError, which all ranks raise together; any other error ends the job, whose checkpoint has the weights before the search.
         """
         if not self.is_pending(step):
             return None
@@ -152,10 +155,13 @@ class EffOPD:
             with self.student.optimizer_on_device():
                 if self.settings.reset_moments:
                     restart_adam(self.student.optimizer)
-                backup = host_copy(self._shards())
+                # In the place of the old anchor: there are never more than two copies.
+                for shard in self._shards():
+                    self.anchor[shard.row.name].copy_(shard.master.detach())
+        else:
+            self.anchor = backup
         if not self.history:
             self.note(describe_moved(self.student, self.moved))
-        self.anchor = backup
         search = replace(search, seconds=time.perf_counter() - started)
         self.history.append(search)
         self.note(search.summary())
@@ -167,25 +173,29 @@ class EffOPD:
         best = measure()
         if not math.isfinite(best.score):
             return Search(step=step, update_norm=norm, num_responses=best.num_responses, skipped=f"the weights before it score {best.score}")
+        if self.settings.accept == "ge" and best.marks and not any(best.marks):
+            return Search(step=step, update_norm=norm, num_responses=best.num_responses, skipped="no answer is right, and nothing can be worse than that")
         first, candidates, responses, kept = best.score, [], best.num_responses, 0
-        finished = False
         try:
             for k in range(1, self.settings.max_k + 1):
                 if should_stop():
+                    # What was accepted so far is not kept: the whole search is made again.
+                    self._go_to(0, backup)
                     return None
-                self._go_to(k, backup)
-                scored = measure()
+                is_finite = self._go_to(k, backup)
+                scored = measure() if is_finite else Scored(math.nan)
                 candidate = self._judge(k, scored, best)
                 candidates.append(candidate)
                 responses += scored.num_responses
                 if not candidate.accepted:
                     break
                 best, kept = scored, k
-            finished = True
-        finally:
-            # Also where the score raised, and where the search was to stop: what was accepted so far is not kept, and the whole search made again.
-            if not finished or kept != len(candidates):
-                self._go_to(kept if finished else 0, backup)
+        except ValueError:
+            # All ranks are here. After another error they may not be, and the collective within would wait for those that are elsewhere.
+            self._go_to(0, backup)
+            raise
+        if kept != len(candidates):
+            self._go_to(kept, backup)
         return Search(step=step, update_norm=norm, score=first, candidates=tuple(candidates), num_responses=responses)
 
     def _judge(self, k: int, scored: Scored, best: Scored) -> Candidate:
@@ -195,17 +205,18 @@ class EffOPD:
         return Candidate(k=k, score=scored.score, gain=gain, standard_error=_paired_error(scored.marks, best.marks), accepted=agreed_by_rank_0(accepted))
 
     @torch.no_grad()
-    def _go_to(self, k: int, backup: Mapping[str, torch.Tensor]) -> None:
-        """Set masters and weights to candidate k; 0 is the weights before the search, bit for bit."""
+    def _go_to(self, k: int, backup: Mapping[str, torch.Tensor]) -> bool:
+        """Set masters and weights to candidate k; 0 is the weights before the search, bit for bit. Return, the same on every rank, whether all are finite."""
         with self.student.optimizer_on_device():
             shards = self._shards()
             if k == 0:
                 put_back(self.student, shards, backup)
-                return
-            for shard in shards:
-                weight, anchor = backup[shard.row.name].to(shard.master), self.anchor[shard.row.name].to(shard.master)
-                shard.master.copy_(_extrapolated(weight, anchor, k * self.settings.spacing))
-            publish(self.student)
+            else:
+                for shard in shards:
+                    weight, anchor = backup[shard.row.name].to(shard.master), self.anchor[shard.row.name].to(shard.master)
+                    shard.master.copy_(_extrapolated(weight, anchor, k * self.settings.spacing))
+                publish(self.student)
+            return are_finite(self.student, shards)
 
     def anchor_slices(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Return the anchor for a checkpoint, in whole slices: this rank's where it is the first of its replicas, none elsewhere. Every rank calls it."""

@@ -19,7 +19,7 @@ from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.alignment import describe_alignment
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
-from opd_megatron.training.measured_modules import as_json, measured_choice
+from opd_megatron.training.measured_modules import measured_choice
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Parts, Sources, build_parts, describe_data, make_search, open_sources
 from opd_megatron.training.signals import StopRequest
@@ -117,6 +117,7 @@ def _train(
 ) -> Literal["finished", "interrupted"]:
     """Load, resume, train, and on the last step export and report."""
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
+    checkpoints.recover()
     latest = agreed_by_rank_0(checkpoints.latest())
     _note(describe_data(sources))
     if sources.aligner is not None:
@@ -150,14 +151,16 @@ def _train_parts(
         began, progress = progress, checkpoints.open(latest, sources.student.architecture)
         _check_data(config, progress, began)
     if config.modules.train == "measured":
+        if latest is not None and not progress.trained:
+            raise ValueError(f"{latest} is damaged: it does not say what trains under modules.train=measured; move it away and start again")
         if not progress.trained:
             measured = measured_choice(config, parts, prompts, stop.agreed, _note)
             if measured is None:
                 return "interrupted", 0
             with shared_errors():
                 if dist.get_rank() == 0:
-                    directory.modules_path.write_text(as_json(*measured))
-            progress = replace(progress, trained=measured[0])
+                    directory.modules_path.write_text(measured.as_json())
+            progress = replace(progress, trained=measured.train)
         parts.student.train_only(Allocation.of(config.modules, sources.student.architecture, measured=progress.trained))
     _note(parts.student.describe_trained())
     parts = replace(parts, search=make_search(config, sources, parts, _note))
@@ -183,7 +186,7 @@ def _check_data(config: RunConfig, saved: Progress, now: Progress) -> None:
         (f"effopd.prompts={config.effopd.prompts}", saved.search_fingerprint, now.search_fingerprint),
     ):
         if found != wanted:
-            raise ValueError(f"{source} is not the data this run began with (hash {found}, now {wanted})")
+            raise ValueError(f"{source} is not the data this run began with (hash {found}, now {wanted}); restore it, or use another --run-dir")
 
 
 def _export(checkpoints: CheckpointFolder, directory: RunDirectory) -> None:

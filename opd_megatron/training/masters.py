@@ -81,6 +81,17 @@ def publish(student: Student) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
+@torch.no_grad()
+def are_finite(student: Student, shards: list[MasterShard]) -> bool:
+    """Return, the same on every rank, whether all masters of the shards and the weights that were rounded from them are finite numbers."""
+    names = {shard.row.name for shard in shards}
+    weights = [parameter for name, parameter in named_global_parameters(student.model, student.architecture) if name in names]
+    finite = all(bool(tensor.isfinite().all()) for tensor in [*(shard.master for shard in shards), *weights])
+    flag = torch.tensor([int(finite)], device=student.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModuleUpdate:
     """How far one module went: the squared Frobenius norm of its update, and how many numbers it has."""

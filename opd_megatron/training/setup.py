@@ -281,19 +281,24 @@ def _search_data(
     data = replace(config.data, prompts=effopd.prompts) if isinstance(effopd.prompts, str) else config.data
     if isinstance(effopd.prompts, str):
         scores_by_teacher = effopd.score == "divergence" and teacher is not None
-        chosen = load_prompts(
-            data,
-            student_text.tokenizer,
-            part="all",
-            privileged=config.privileged if scores_by_teacher else None,
-            max_teacher_tokens=longest_teacher_prompt(config, teacher.architecture) if scores_by_teacher and teacher is not None else None,
-            teacher_tokenizer=None if teacher_text is student_text or not scores_by_teacher else teacher_text.tokenizer,
-        )
+        # Of the training source the held-out prompts stay unseen.
+        holds_out = effopd.prompts == config.data.prompts and isinstance(config.evaluation.prompts, int) and config.evaluation.prompts > 0
+        try:
+            chosen = load_prompts(
+                data,
+                student_text.tokenizer,
+                part="train" if holds_out else "all",
+                privileged=config.privileged if scores_by_teacher else None,
+                max_teacher_tokens=longest_teacher_prompt(config, teacher.architecture) if scores_by_teacher and teacher is not None else None,
+                teacher_tokenizer=None if teacher_text is student_text or not scores_by_teacher else teacher_text.tokenizer,
+            )
+        except ValueError as error:
+            raise ValueError(f"effopd.prompts: {error}") from None
     else:
         chosen, prompts = drawn_prompts(prompts, effopd, data, config.seed)
     if effopd.score == "divergence":
         return chosen, prompts, None
-    check_gradable(chosen.prompts, data, "set data.answer_key, or effopd.score=divergence, which needs no grader")
+    check_gradable(chosen.prompts, data, "set data.answer_key, or effopd.score=divergence, which needs no grader", key="effopd.prompts")
     return chosen, prompts, make_grader(data)
 
 

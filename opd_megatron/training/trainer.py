@@ -77,6 +77,8 @@ class Trainer:
         # A run that was stopped while it searched has saved the step, and not its search.
         if self._probe(self.progress.step):
             self._saved_step -= 1
+            if self.progress.step < last_step and self._is_due(self.config.evaluation.every_steps):
+                self.evaluator.measure_student(self.progress.step)
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()
@@ -85,15 +87,21 @@ class Trainer:
             metrics = self.step(step)
             self.recorder.log_step(metrics)
             self._unsaid = [kind for kind in self._unsaid if not self._said(kind, metrics)]
+            if self._has_search_left():
+                continue
             if step < last_step and self._is_due(self.config.evaluation.every_steps):
                 self.evaluator.measure_student(step)
             if self._is_due(self.config.checkpoint.every_steps):
                 self._save()
         self._save()
-        if self.search is not None and self.search.is_pending(last_step):
+        if self._has_search_left():
             return "interrupted"
         self.evaluator.measure_student(self.progress.step)
         return "finished"
+
+    def _has_search_left(self) -> bool:
+        """Return whether a stop left the search that follows the last step to the resumed run: nothing is measured before it."""
+        return self.search is not None and self.search.is_pending(self.progress.step)
 
     def _said(self, kind: AlignmentTrouble, metrics: Mapping[str, float]) -> bool:
         """Return whether the step's metrics answer a question about the two tokenizers; what is amiss is noted, once."""

@@ -42,7 +42,7 @@ CASES = [
     ("paper", "TP2xPP2+SP, teacher PP2", ()),
     # The first stage has nothing to train, and its chunks no buffer.
     ("layers.3.mlp", "PP2", ()),
-    ("layers.3.norm", "PP2xVPP2", ()),
+    pytest.param("layers.3.norm", "PP2xVPP2", (), marks=pytest.mark.slow),
     ("!embedding", "PP2", ("training.recompute=full",)),
     pytest.param("paper", "DP2xPP2, teacher TP2", (), marks=pytest.mark.slow),
     pytest.param("embedding", "TP2xPP2", (), marks=pytest.mark.slow),
@@ -80,6 +80,7 @@ def test_a_rank_with_nothing_to_train_is_saved_and_resumed_bit_for_bit(models: P
     assert moved_tensors(models, tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_frozen_student_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path: Path) -> None:
     whole, world_size = config_of(models, "layers.2.mlp,layers.3.attention", "TP2xPP2", "training.steps=4")
     pool.run(run_job, whole, tmp_path / "whole", world_size=world_size)
@@ -118,7 +119,7 @@ def first_step(config: RunConfig, run: Path) -> dict[str, Any]:
     return {"status": run_job(pool_config, run)}
 
 
-@pytest.mark.parametrize("layout", [None, "TP2xPP2"])
+@pytest.mark.parametrize("layout", [pytest.param(None, marks=pytest.mark.slow), "TP2xPP2"])
 def test_learning_rates_are_scaled_by_module(models: Path, pool: RankPool, recorded: Path, tmp_path: Path, layout: str | None) -> None:
     """Adam's first step is the learning rate times the sign of the gradient, wherever that is not tiny."""
     factors = 'modules.learning_rate_factors={"mlp": 0.5, "layers.1.mlp": 3}'

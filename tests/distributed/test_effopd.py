@@ -7,8 +7,10 @@ reading of the paper on this rank's whole slices. Not covered: GPUs.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,8 +113,9 @@ def watched(seen: Seen, script: Callable[[int], Iterator[float]] | None = None) 
 
 
 # Scores after steps 1, 2, 4 and 8, the first of each that of the weights before the search; and what is accepted.
-SCRIPT = {1: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 2: [0.5, 0.4], 4: [0.1, 0.2, 0.3, 0.3], 8: [0.2, 0.2]}
-ACCEPTED = [5, 0, 2, 0]
+SCRIPT = {1: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 2: [0.1, 0.2, 0.3, 0.3], 4: [0.5, 0.4], 8: [0.2, 0.3, 0.3]}
+# An accepted one after an accepted one, and after a refused one: the anchor of either is used.
+ACCEPTED = [5, 2, 0, 1]
 
 
 def scripted_run(config: RunConfig, run: Path, script: dict[int, list[float]]) -> Seen:
@@ -153,7 +156,7 @@ def moved_names(config: RunConfig, choice: str) -> set[str]:
 CASES = [
     ("TP2xPP2", ()),
     ("DP2xPP2, teacher TP2", ("training.precision=bf16",)),
-    ("TP2+SP", ("effopd.modules=all", "training.offload_optimizer=true", "training.precision=bf16")),
+    pytest.param("TP2+SP", ("effopd.modules=all", "training.offload_optimizer=true", "training.precision=bf16"), marks=pytest.mark.slow),
     pytest.param("PP2xVPP2", ("effopd.modules=released",), marks=pytest.mark.slow),
     pytest.param("CP2xPP2, teacher CP2", (), marks=pytest.mark.slow),
     pytest.param("TP2, TP2 of the teacher's own", ("teacher.staleness=1",), marks=pytest.mark.slow),
@@ -174,7 +177,7 @@ def test_weights_and_masters_follow_the_decisions_bit_for_bit(models: Path, pool
             check_searches(seen, starts[rank], ACCEPTED, moved, precision=precision)
             assert all(torch.equal(before[name], after[name]) for before, after in seen.moments for name in before)
     lines = [json.loads(line) for line in (tmp_path / "run" / "effopd.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["accepted_k"], len(line["candidates"])) for line in lines] == [(1, 5, 5), (2, 0, 1), (4, 2, 3), (8, 0, 1)]
+    assert [(line["step"], line["accepted_k"], len(line["candidates"])) for line in lines] == [(1, 5, 5), (2, 2, 3), (4, 0, 1), (8, 1, 2)]
     assert [step["step"] for step in metrics_of(tmp_path / "run") if "effopd_accepted_k" in step] == [1, 2, 4, 8]
     assert all(step["probe_seconds"] >= 0 for step in metrics_of(tmp_path / "run"))
 
@@ -223,7 +226,7 @@ def test_experts_follow_the_decisions_wherever_they_are(
     names = moved_names(config, moved) & moved_names(config, train)
     script = {1: SCRIPT[1], 2: SCRIPT[2], 4: SCRIPT[4]}
     for start, seen in zip(starts, pool.run(scripted_run, config, tmp_path / "run", script, world_size=4), strict=True):
-        check_searches(seen, start, [5, 0, 2], names)
+        check_searches(seen, start, [5, 2, 0], names)
     real = apply_overrides(config, ["effopd.score=divergence", "effopd.spacing=0.5", "training.learning_rate=3e-4"])
     pool.run(run_job, real, tmp_path / "whole", world_size=4)
     pool.run(run_until_step, real, tmp_path / "parts", 2, world_size=4)
@@ -271,6 +274,41 @@ def test_a_score_that_fails_leaves_the_weights_of_before(models: Path, pool: Ran
         assert all(torch.equal(seen.masters[0][name], weight) for name, weight in seen.before[0].items())
 
 
+def _raised_alone(config: RunConfig, run: Path) -> float:
+    """Let one rank alone raise within a search; return after how many seconds it was out of it."""
+    judge, began = EffOPD._judge, [0.0]
+
+    def failing(self: EffOPD, k: int, scored: Scored, best: Scored) -> Any:
+        began[0] = time.monotonic()
+        if dist.get_rank() == 1:
+            raise RuntimeError("one rank alone")
+        return judge(self, k, scored, best)
+
+    EffOPD._judge = failing  # type: ignore[method-assign]
+    try:
+        run_job(config, run)
+    except RuntimeError as error:
+        if str(error) == "one rank alone":
+            return time.monotonic() - began[0]
+        raise
+    finally:
+        EffOPD._judge = judge  # type: ignore[method-assign]
+    raise AssertionError("no error")
+
+
+def test_a_rank_that_fails_alone_waits_for_nobody(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    """It is out of the search at once, in no collective that would restore weights: so it ends, and with it the job."""
+    config, world_size = config_of(models, "DP2", "training.steps=1")
+    with pytest.raises(AssertionError) as caught:
+        pool.run(_fails_alone_quickly, config, tmp_path / "run", world_size=world_size, timeout=60)
+    assert "out of the search after" in str(caught.value)
+
+
+def _fails_alone_quickly(config: RunConfig, run: Path) -> None:
+    seconds = _raised_alone(config, run)
+    assert seconds > 10, f"out of the search after {seconds:.1f} seconds"
+
+
 @pytest.mark.parametrize("layout", ["TP2xPP2", pytest.param("DP2xPP2, teacher TP2", marks=pytest.mark.slow)])
 def test_a_search_that_refuses_everything_is_plain_distillation(models: Path, pool: RankPool, tmp_path: Path, layout: str) -> None:
     """Bit for bit: it takes no random number and no prompt of the training."""
@@ -309,6 +347,7 @@ def without_seconds(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_its_anchor_in_another_layout(models: Path, pool: RankPool, tmp_path: Path) -> None:
     config, world_size = config_of(models, "TP2xPP2", *REAL)
     pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
@@ -338,7 +377,7 @@ def _stopped_in_a_search(config: RunConfig, run: Path, at_step: int) -> str:
         EffOPD._judge = judge  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("at_step", [2, 4])
+@pytest.mark.parametrize("at_step", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_stop_within_a_search_leaves_it_for_the_resumed_run(models: Path, pool: RankPool, tmp_path: Path, at_step: int) -> None:
     """At the last step as well, after which there is only the search left."""
     config, world_size = config_of(models, "PP2", *REAL, "training.steps=4", "effopd.accept=ge", "effopd.spacing=0.1")
@@ -419,6 +458,80 @@ def test_what_cannot_be_extrapolated_is_skipped_and_said(models: Path, pool: Ran
     for skipped in pool.run(_spoiled_run, config, tmp_path / "run", kind, world_size=world_size):
         assert len(skipped) == 1
         assert why in str(skipped[0])
+
+
+def _marks(config: RunConfig) -> list[tuple[float, list[float], list[str]]]:
+    """Score the same weights twice by each of two scores, with a grader of our own that gives parts of a mark."""
+    from opd_megatron.data.prompts import load_prompts
+    from opd_megatron.data.tokenizer import load_tokenizer
+    from opd_megatron.models.weights import open_weights
+    from opd_megatron.parallel.groups import student_groups
+    from opd_megatron.rollout.engine import Sampler
+    from opd_megatron.training.student import Student
+
+    source = open_weights(hf=config.student.hf)
+    student = Student(config, source, student_groups(config.student.layout, 1), torch.device("cpu"))
+    tokenizer = load_tokenizer(source.assets)
+    sampler = Sampler(student.model, student.groups, vocab_size=262, eos_ids=[258], batch_sequences=8)
+    prompts = load_prompts(config.data, tokenizer, part="all", limit=5)
+    found = []
+    for score in ("accuracy", "points"):
+        asked: list[str] = []
+
+        def grade(prompt: Any, text: str, asked: list[str] = asked) -> float:
+            asked.append(f"{prompt.index} {text}")
+            return len(text.encode()) % 3 / 2
+
+        settings = apply_overrides(config, [f"effopd.score={score}"])
+        answers = AnswerScore(config=settings, sampler=sampler, prompts=prompts, tokenizer=tokenizer, grader=grade)
+        for step in (4, 4, 8):
+            scored = answers.begin(step)()
+            found.append((scored.score, list(scored.marks), list(asked)))
+            asked.clear()
+    return found
+
+
+@pytest.mark.parametrize("layout", [None, "TP2xPP2"])
+def test_answers_are_sampled_alike_for_each_candidate_and_their_marks_averaged_by_prompt(models: Path, pool: RankPool, layout: str | None) -> None:
+    config, world_size = config_of(models, layout, "effopd.temperature=1", "effopd.samples_per_prompt=3", "rollout.max_response_tokens=6")
+    by_rank = pool.run(_marks, config, world_size=world_size)
+    assert [[(score, marks) for score, marks, _ in rank] for rank in by_rank] == [[(score, marks) for score, marks, _ in by_rank[0]]] * world_size
+    (accuracy, accuracies, texts), again, other, (points, parts, same_texts), *_ = by_rank[0]
+    assert again == (accuracy, accuracies, texts), "the same numbers are drawn for each candidate of a search"
+    assert other[2] != texts, "and others in another search"
+    assert same_texts == texts
+    assert len(texts) == 15
+    assert len(set(texts)) > 10
+    lengths = [len(text.partition(" ")[2].encode()) for text in texts]
+    assert parts == pytest.approx([sum(length % 3 / 2 for length in lengths[first : first + 3]) / 3 for first in range(0, 15, 3)])
+    assert accuracies == pytest.approx([sum(length % 3 == 2 for length in lengths[first : first + 3]) / 3 for first in range(0, 15, 3)])
+    assert (accuracy, points) == pytest.approx((sum(accuracies) / 5, sum(parts) / 5))
+    assert accuracy != points
+
+
+def _skips_and_refusals(config: RunConfig, run: Path) -> tuple[list[Search | None], Seen]:
+    seen = Seen()
+    with watched(seen):
+        run_job(config, run)
+    return seen.searches, seen
+
+
+def test_where_nothing_is_right_nothing_is_worse_and_nothing_is_moved(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    """With `ge` a score of 0 would let every candidate pass, however far away; the answers of a random model are all wrong."""
+    config, world_size = config_of(models, "DP2", "training.steps=2", "effopd.accept=ge")
+    for searches, seen in pool.run(_skips_and_refusals, config, tmp_path / "run", world_size=world_size):
+        assert ["no answer is right" in str(search.skipped) for search in searches if search is not None] == [True, True]
+        assert all(torch.equal(seen.after[0][name], weight) for name, weight in seen.before[0].items())
+
+
+def test_a_candidate_whose_weights_are_not_finite_is_refused_unasked(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    config, world_size = config_of(models, "TP2xPP2", "training.steps=1", "effopd.spacing=1e39")
+    for seen in pool.run(scripted_run, config, tmp_path / "run", {1: [0.1, 0.9, 0.9]}, world_size=world_size):
+        (search,) = seen.searches
+        assert search is not None
+        assert (search.accepted_k, len(search.candidates)) == (0, 1)
+        assert math.isnan(search.candidates[0].score)
+        assert all(bool(weight.isfinite().all()) for weight in seen.after[0].values())
 
 
 def test_moments_begin_anew_on_request(models: Path, pool: RankPool, tmp_path: Path) -> None:

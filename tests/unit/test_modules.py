@@ -62,6 +62,12 @@ def test_both_name_sets_are_understood() -> None:
     assert named("decoder.layers.0.mlp.experts.experts.linear_fc2.weight", MIXTURE) == [f"decoder.layers.0.{name}" for name in EXPERTS if "fc2" in name]
 
 
+def test_words_may_name_a_fused_tensor_part_by_part() -> None:
+    fused = ["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert named("*.q_proj.weight,*.k_proj.weight,*.v_proj.weight", QWEN3) == named("*.[qkv]_proj.weight", QWEN3) == fused
+    assert named("mlp,!*.up_proj.weight,!*.gate_proj.weight", QWEN3) == ["decoder.layers.0.mlp.linear_fc2.weight"]
+
+
 def test_layers_count_from_0() -> None:
     deep = architecture_of("qwen3", head_dim=24, num_hidden_layers=3)
     assert sorted({layer_of(row) for row in weight_map(deep)} - {None}) == [0, 1, 2]
@@ -75,6 +81,8 @@ def test_layers_count_from_0() -> None:
         ("decoder.layers.0.mlp.linear_fc3.weight", r"did you mean .*linear_fc[12]"),
         ("model.layers.0.self_attn.q_proj.weight", r"1 of .*k_proj.weight.*which Megatron-Core keeps in one tensor.*name all of them"),
         ("!router", r"'!router' names no tensor"),
+        ("*.q_proj.weight,*.k_proj.weight", r"2 of .*which Megatron-Core keeps in one tensor.*name all of them"),
+        ("!*.up_proj.weight", r"1 of .*gate_proj.*name all of them"),
         ("attention,", r"'' names no tensor"),
     ],
 )

@@ -346,22 +346,25 @@ def test_accuracy_is_told_against_steps_and_against_time_with_the_probes_in_it(t
         writer.log_step(step_metrics(step, **searched))
         if step in (4, 8, 12):
             writer.log_evaluation(evaluation(step, "student", {4: 0.5, 8: 0.77, 12: 0.79}[step]))
-    writer.log_search({"step": 8, "accepted_k": 4, "score": math.nan})
+    writer.log_search({"step": 4, "accepted_k": 0, "num_responses": 150, "seconds": 5.0, "score": math.nan})
+    writer.log_search({"step": 8, "accepted_k": 4, "num_responses": 150, "seconds": 5.0, "score": 0.5})
+    # After a stop in it: the metrics of step 1 were written before.
+    writer.log_search({"step": 1, "accepted_k": 1, "num_responses": 50, "seconds": 2.0, "score": 0.5})
     writer.close()
     run.write_status("finished")
     history = read_history(run.path)
     assert history.step_reaching(0.76) == 8
-    assert history.seconds_until(8) == 42.0
+    assert history.seconds_until(8) == 44.0
     assert history.step_reaching(0.9) is None
     text = assert_valid_and_self_contained(write_report([run.path], run.report_path))
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", text)
     table = dict(itertools.pairwise(cells))
     assert table["Steps to 95 % of the teacher&#39;s accuracy"] == "8"
-    assert table["Time to 95 % of the teacher&#39;s accuracy, in steps"] == "42.0 s"
-    assert table["Of it in probes for extrapolated weights"] == "10.0 s"
-    assert table["Extrapolations accepted"] == "1 of 2 searches, 300 responses"
+    assert table["Time to 95 % of the teacher&#39;s accuracy, in steps"] == "44.0 s"
+    assert table["Of it in probes for extrapolated weights"] == "12.0 s"
+    assert table["Extrapolations accepted"] == "2 of 3 searches, 350 responses"
     assert "Accuracy against training time" in text
-    assert json.loads(run.searches_path.read_text())["score"] is None
+    assert json.loads(run.searches_path.read_text().splitlines()[0])["score"] is None
 
 
 def test_searches_that_will_be_made_again_are_dropped(tmp_path):
