@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from opd_megatron.config import EffOPDConfig, ModulesConfig, ParallelLayout, RunConfig
 from recipes.papers import qwen3_4b_from_rl_4b_32gpu_h20
-from recipes.quickstart import quickstart
+from recipes.quickstart import deep_opd, quickstart
 
 
 def tiny_effopd() -> RunConfig:
@@ -23,14 +23,14 @@ def tiny_effopd() -> RunConfig:
     )
 
 
-def tiny_modules_paper() -> RunConfig:
-    """The quickstart, of which only attention and MLP matrices train: what EffOPD moves."""
-    return replace(quickstart(), modules=ModulesConfig(train="paper"))
+def deep_opd_paper_modules() -> RunConfig:
+    """The student of 8 layers, of which only attention and MLP matrices train: what EffOPD moves."""
+    return replace(deep_opd(), modules=ModulesConfig(train="paper"))
 
 
-def tiny_modules_measured() -> RunConfig:
-    """The quickstart without the modules that a probe of four steps finds to move least."""
-    return replace(quickstart(), modules=ModulesConfig(train="measured"))
+def deep_opd_measured_modules() -> RunConfig:
+    """The student of 8 layers without the modules that move least in a probe of 8 steps, which hold a quarter of the squared update."""
+    return replace(deep_opd(), modules=ModulesConfig(train="measured"))
 
 
 def qwen3_4b_from_rl_4b_32gpu_h20_effopd() -> RunConfig:
