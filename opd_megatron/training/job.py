@@ -55,6 +55,8 @@ def run_job(recipe: str, config: RunConfig, run_dir: Path) -> Literal["finished"
     """Join the job, run one configuration into one run directory, leave; ValueError for the user's mistakes, anything else is a crash."""
     _quiet_libraries()
     status = run_in_world(recipe, config, run_dir, join_world())
+    # A launcher may end all ranks as soon as one has ended with 75; by then rank 0 has written the status.
+    dist.barrier()
     leave_world()
     return status
 
