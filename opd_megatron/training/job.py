@@ -13,7 +13,7 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.weights import CheckpointWeights, export_hf
-from opd_megatron.parallel.world import Bridge, agreed_by_rank_0, join_world, leave_world, shared_errors, worlds
+from opd_megatron.parallel.world import Bridge, join_world, leave_world, shared_errors, worlds
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.alignment import describe_alignment
@@ -119,7 +119,7 @@ def _train(
 ) -> Literal["finished", "interrupted"]:
     """Load, resume, train, and on the last step export and report."""
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
-    latest = agreed_by_rank_0(checkpoints.latest())
+    latest = checkpoints.latest_whole(_note)
     _note(describe_data(sources))
     if sources.aligner is not None:
         _note(describe_alignment(sources.aligner))
