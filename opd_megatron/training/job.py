@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "training.recompute",
     "training.offload_optimizer",
     "training.max_skipped_steps",
+    "training.watchdog_seconds",
     "checkpoint",
     "evaluation",
 )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptSet
 from opd_megatron.parallel.offload import peak_bytes, start_peak
+from opd_megatron.reporting.cause import leave_cause
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.training.alignment import ALIGNMENT_TROUBLES, AlignmentTrouble
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
@@ -23,6 +24,7 @@ from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
+from opd_megatron.training.watchdog import Watchdog
 
 _PHASES = ("rollout", "align", "teacher", "weigh", "train", "probe")
 
@@ -61,17 +63,25 @@ class Trainer:
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._peak_bytes = dict.fromkeys(_PHASES, 0)
         self._saved_step = progress.step
+        self._watchdog = Watchdog(config.training.watchdog_seconds, dist.get_rank(), leave_cause)
         self._unsaid = list(ALIGNMENT_TROUBLES) if not config.alignment.is_identity else []
 
     def run(self) -> Literal["finished", "interrupted"]:
         """Train to the last step, or to the step boundary at which a stop was asked for. Either way a checkpoint is left."""
+        try:
+            return self._run()
+        finally:
+            self._watchdog.end()
+
+    def _run(self) -> Literal["finished", "interrupted"]:
         last_step = self.config.training.steps
         if self.progress.step == 0:
             # An evaluation may outlast the time that a scheduler grants after its signal.
+            self._watchdog.begin("the teacher's evaluation")
             if not self.stop.agreed():
                 self.evaluator.measure_teacher()
             if not self.stop.agreed():
-                self.evaluator.measure_student(step=0)
+                self._evaluate()
         if self._ahead is not None and self.teacher is not None and self.progress.step < last_step:
             self.teacher.ask(self._ahead)
         # A run that was stopped while it searched has saved the step, and not its search.
@@ -86,13 +96,13 @@ class Trainer:
             self.recorder.log_step(metrics)
             self._unsaid = [kind for kind in self._unsaid if not self._said(kind, metrics)]
             if step < last_step and self._is_due(self.config.evaluation.every_steps):
-                self.evaluator.measure_student(step)
+                self._evaluate()
             if self._is_due(self.config.checkpoint.every_steps):
                 self._save()
         self._save()
         if self.search is not None and self.search.is_pending(last_step):
             return "interrupted"
-        self.evaluator.measure_student(self.progress.step)
+        self._evaluate()
         return "finished"
 
     def _said(self, kind: AlignmentTrouble, metrics: Mapping[str, float]) -> bool:
@@ -200,8 +210,13 @@ class Trainer:
                 "lower training.learning_rate, or resume from an earlier checkpoint"
             )
 
+    def _evaluate(self) -> None:
+        self._watchdog.begin(f"the evaluation after step {self.progress.step}")
+        self.evaluator.measure_student(self.progress.step)
+
     def _save(self) -> None:
         if self._saved_step < self.progress.step:
+            self._watchdog.begin(f"the checkpoint of step {self.progress.step}")
             self.checkpoints.save(self.student, self.progress, self._ahead, self.search)
             self._saved_step = self.progress.step
 
@@ -211,6 +226,7 @@ class Trainer:
     @contextmanager
     def _measured(self, phase: str) -> Iterator[None]:
         """Add how long a phase took on this rank, and keep the most memory it had in use."""
+        self._watchdog.begin(f"the phase {phase!r} of step {self.progress.step + (phase != 'probe')}")
         torch.cuda.synchronize()
         started = time.perf_counter()
         start_peak()

@@ -448,3 +448,23 @@ def test_a_run_with_damaged_checkpoints_alone_is_refused(models: Path, two_check
         _flip_a_bit(run / "checkpoints" / step / "progress.json")
     for message in pool.run(_resume_or_message, config, run, world_size=2):
         assert "are damaged (step_2: progress.json has other bytes than were written; step_1:" in message
+
+
+@pytest.mark.parametrize("kind", ["asleep", pytest.param("without a turn", marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of the rank that hangs, in what it hangs; where none of its threads gets a turn, half a minute later."""
+    monkeypatch.setenv("HANGING_RANK", "1")
+    monkeypatch.setenv("HANGING_KIND", kind)
+    command = _command(models, tmp_path / "run", "training.watchdog_seconds=4", "training.steps=500")
+    words = [word for word in command[3:] if word not in ("--nproc-per-node", "2")]
+    started = time.monotonic()
+    job = run_program("tests.hanging", *words, ranks=2)
+    assert job.returncode == 1
+    assert time.monotonic() - started < 100
+    if kind == "asleep":
+        assert job.stderr.count("no progress for 4 seconds in the phase 'train' of step 3 (training.watchdog_seconds)") == 4, "both ranks, first and last"
+        assert job.stderr.splitlines()[-1].startswith("error: rank ")
+    else:
+        assert "Timeout (0:00:34)!" in job.stderr
+    assert "in hang" in job.stderr
+    assert "in train_step" in job.stderr, "the other rank waits for it"
