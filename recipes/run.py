@@ -29,6 +29,7 @@ import opd_megatron
 import recipes
 from opd_megatron.config import RunConfig, apply_overrides
 from opd_megatron.launch.local import launch_local
+from opd_megatron.reporting.cause import leave_cause
 from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.training.preflight import check_run
 
@@ -137,7 +138,7 @@ def _mistake(error: ValueError) -> int:
     """Print the message once: mistakes are found by all ranks alike, and rank 0 must be heard before the launcher ends the others."""
     if _rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave_cause(str(error))
+        leave_cause(str(error))
     else:
         time.sleep(1)
     return EXIT_MISTAKE
@@ -152,16 +153,8 @@ def _crash(error: Exception) -> int:
         return EXIT_CRASH
     # torch appends the C++ frames of its own libraries to the message.
     print(re.sub(r"^frame #\d+:.*\n", "", traceback.format_exc(), flags=re.MULTILINE), file=sys.stderr, flush=True)
-    _leave_cause(f"{type(error).__name__}: {error}")
+    leave_cause(f"{type(error).__name__}: {error}")
     return EXIT_CRASH
-
-
-def _leave_cause(message: str) -> None:
-    """Leave the message where torchrun, and our own launcher, look for the root cause of a failure."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        cause = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": cause}))
 
 
 def _parse_arguments() -> argparse.Namespace:

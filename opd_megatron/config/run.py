@@ -64,6 +64,8 @@ class TrainingConfig:
     offload_optimizer: bool = False
     # A step whose loss or gradient is not finite changes nothing; this many in a row end the run.
     max_skipped_steps: int = 5
+    # A rank that is in one phase of a step, one save or one evaluation for longer ends the run, and all ranks write where they stand; 0 waits for ever.
+    watchdog_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"training.steps={self.steps} must be at least 1")
@@ -84,6 +86,9 @@ class TrainingConfig:
             require(0 <= beta < 1, f"training.{name}={beta} must be in [0, 1)")
         require(self.warmup_steps >= 0, f"training.warmup_steps={self.warmup_steps} must not be negative")
         require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
+        require(
+            0 <= self.watchdog_seconds < math.inf, f"training.watchdog_seconds={self.watchdog_seconds} must be a finite number, not negative; 0 turns it off"
+        )
         require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
 
 

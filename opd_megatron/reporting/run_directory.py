@@ -36,6 +36,7 @@ class RunDirectory:
         # What `open` found: whether the folder held a run, its last status, and the size of its metrics.
         self._held_a_run = True
         self._status_before: Status | None = None
+        self._status_time: int | None = None
         self._metrics_before = 0
 
     def __repr__(self) -> str:
@@ -53,6 +54,7 @@ class RunDirectory:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._held_a_run, run._status_before, run._metrics_before = run.config_path.exists(), run.read_status(), run._metrics_bytes()
+            run._status_time = run.status_path.stat().st_mtime_ns if run.status_path.is_file() else None
             if run.config_path.exists():
                 run._refuse_another_run(json.loads(description), may_change)
             run._take_lock()
@@ -83,6 +85,9 @@ class RunDirectory:
             return False
         if self._held_a_run:
             self.write_status("crashed" if self._status_before in (None, "running") else self._status_before)
+            if self._status_time is not None:
+                # Whoever asks what became of this attempt sees that the word is older.
+                os.utime(self.status_path, ns=(self._status_time, self._status_time))
             return True
         for file in (
             *(self.config_path, self.status_path, self.metrics_path, self.evals_path),

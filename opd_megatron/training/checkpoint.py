@@ -11,7 +11,7 @@ import logging
 import queue
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import copy_assets
 from opd_megatron.models.weights import ASSETS_FOLDER, DAMAGE, CheckpointWeights, damage_in
-from opd_megatron.parallel.world import shared_errors
+from opd_megatron.parallel.world import agreed_by_rank_0, shared_errors
 from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts
+from opd_megatron.training.checksums import damage_in_files, write_checksums
 from opd_megatron.training.effopd import EffOPD, Search
 from opd_megatron.training.kept_weights import loaded_beside, sharded_beside
 from opd_megatron.training.optimizer import has_finite_state, prime_adam, unshare_adam_step
@@ -83,9 +84,33 @@ class CheckpointFolder:
         self.keep = keep
 
     def latest(self) -> Path | None:
-        """Return the newest whole checkpoint; one under construction has another name."""
+        """Return the newest checkpoint; one under construction has another name."""
         steps = self._steps()
         return steps[-1] if steps else None
+
+    def latest_whole(self, note: Callable[[str], None]) -> Path | None:
+        """Return the newest checkpoint whose files are as they were written, the same on every rank; damaged ones are noted and set aside as `step_N.damaged`.
+
+        ValueError if there are checkpoints and all are damaged.
+        """
+        with shared_errors():
+            if dist.get_rank() == 0:
+                self._recover()
+        damaged: list[str] = []
+        for path in reversed(agreed_by_rank_0(self._steps())):
+            damage = damage_in_files(path)
+            if damage is None:
+                return path
+            damaged.append(f"{path.name}: {damage}")
+            note(f"{path} is damaged: {damage}; it is set aside, and the one before it is taken")
+            with shared_errors():
+                if dist.get_rank() == 0:
+                    aside = path.with_name(f"{path.name}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+        if damaged:
+            raise ValueError(f"all checkpoints of {self.path} are damaged ({'; '.join(damaged)}); restore one, or move the run away and begin again")
+        return None
 
     def save(self, student: Student, progress: Progress, ahead: Rollouts | None = None, search: EffOPD | None = None) -> Path:
         """Write `step_N`, with the samples that wait for the next step and EffOPD's anchor, then drop all but the newest `keep`.
@@ -117,7 +142,11 @@ class CheckpointFolder:
             raise ValueError(f"cannot write checkpoint {final}: {damage_in(error)}; {self._what_is_kept()}") from error
         with shared_errors():
             if dist.get_rank() == 0:
-                self._publish(partial, final, progress, ahead)
+                self._complete(partial, progress, ahead)
+        write_checksums(partial)
+        with shared_errors():
+            if dist.get_rank() == 0:
+                self._publish(partial, final)
         return final
 
     def load(self, student: Student, checkpoint: Path, progress: Progress, search: EffOPD | None = None) -> None:
@@ -184,11 +213,15 @@ class CheckpointFolder:
         latest = self.latest()
         return f"{latest.name} is untouched: make room and start again to resume from it" if latest else "this run has no earlier checkpoint"
 
-    def _publish(self, partial: Path, final: Path, progress: Progress, ahead: Rollouts | None) -> None:
+    def _complete(self, partial: Path, progress: Progress, ahead: Rollouts | None) -> None:
+        """Add what rank 0 writes alone."""
         copy_assets(self.assets, partial / ASSETS_FOLDER)
         if ahead is not None:
             record_rollouts(ahead, partial / _AHEAD_FILE)
         (partial / _PROGRESS_FILE).write_text(json.dumps(progress.to_json(), indent=2) + "\n")
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Give a whole checkpoint its name, and drop the old ones."""
         # A search that was made after a resume saves its step again: until the new one is there, the old one is, under one name or another.
         replaced = final.with_name(final.name + _REPLACED)
         if final.exists():
@@ -199,15 +232,14 @@ class CheckpointFolder:
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old)
 
-    def recover(self) -> None:
-        """Give a checkpoint its name back that was about to be replaced when its job ended; every rank calls it."""
-        with shared_errors():
-            for old in self.path.glob(f"step_*{_REPLACED}") if dist.get_rank() == 0 else ():
-                final = old.with_name(old.name.removesuffix(_REPLACED))
-                if final.exists():
-                    shutil.rmtree(old)
-                else:
-                    old.rename(final)
+    def _recover(self) -> None:
+        """Give a checkpoint its name back that was about to be replaced when its job ended. Rank 0 calls it."""
+        for old in self.path.glob(f"step_*{_REPLACED}"):
+            final = old.with_name(old.name.removesuffix(_REPLACED))
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(final)
 
     def _steps(self) -> list[Path]:
         found = [(int(name[1]), path) for path in self.path.glob("step_*") if (name := re.fullmatch(r"step_(\d+)", path.name))]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.weights import CheckpointWeights, export_hf
-from opd_megatron.parallel.world import Bridge, agreed_by_rank_0, join_world, leave_world, shared_errors, worlds
+from opd_megatron.parallel.world import Bridge, join_world, leave_world, shared_errors, worlds
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.alignment import describe_alignment
@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "training.recompute",
     "training.offload_optimizer",
     "training.max_skipped_steps",
+    "training.watchdog_seconds",
     "checkpoint",
     "evaluation",
 )
@@ -55,6 +56,8 @@ def run_job(recipe: str, config: RunConfig, run_dir: Path) -> Literal["finished"
     """Join the job, run one configuration into one run directory, leave; ValueError for the user's mistakes, anything else is a crash."""
     _quiet_libraries()
     status = run_in_world(recipe, config, run_dir, join_world())
+    # A launcher may end all ranks as soon as one has ended with 75; by then rank 0 has written the status.
+    dist.barrier()
     leave_world()
     return status
 
@@ -117,8 +120,7 @@ def _train(
 ) -> Literal["finished", "interrupted"]:
     """Load, resume, train, and on the last step export and report."""
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
-    checkpoints.recover()
-    latest = agreed_by_rank_0(checkpoints.latest())
+    latest = checkpoints.latest_whole(_note)
     _note(describe_data(sources))
     if sources.aligner is not None:
         _note(describe_alignment(sources.aligner))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptSet
 from opd_megatron.parallel.offload import peak_bytes, start_peak
+from opd_megatron.reporting.cause import leave_cause
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.training.alignment import ALIGNMENT_TROUBLES, AlignmentTrouble
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
@@ -23,6 +24,7 @@ from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
 from opd_megatron.training.student import LossSums
+from opd_megatron.training.watchdog import Watchdog
 
 _PHASES = ("rollout", "align", "teacher", "weigh", "train", "probe")
 
@@ -61,24 +63,32 @@ class Trainer:
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._peak_bytes = dict.fromkeys(_PHASES, 0)
         self._saved_step = progress.step
+        self._watchdog = Watchdog(config.training.watchdog_seconds, dist.get_rank(), leave_cause)
         self._unsaid = list(ALIGNMENT_TROUBLES) if not config.alignment.is_identity else []
 
     def run(self) -> Literal["finished", "interrupted"]:
         """Train to the last step, or to the step boundary at which a stop was asked for. Either way a checkpoint is left."""
+        try:
+            return self._run()
+        finally:
+            self._watchdog.end()
+
+    def _run(self) -> Literal["finished", "interrupted"]:
         last_step = self.config.training.steps
         if self.progress.step == 0:
             # An evaluation may outlast the time that a scheduler grants after its signal.
+            self._watchdog.begin("the teacher's evaluation")
             if not self.stop.agreed():
                 self.evaluator.measure_teacher()
             if not self.stop.agreed():
-                self.evaluator.measure_student(step=0)
+                self._evaluate()
         if self._ahead is not None and self.teacher is not None and self.progress.step < last_step:
             self.teacher.ask(self._ahead)
         # A run that was stopped while it searched has saved the step, and not its search.
         if self._probe(self.progress.step):
             self._saved_step -= 1
             if self.progress.step < last_step and self._is_due(self.config.evaluation.every_steps):
-                self.evaluator.measure_student(self.progress.step)
+                self._evaluate()
         while self.progress.step < last_step:
             if self.stop.agreed():
                 self._save()
@@ -90,13 +100,13 @@ class Trainer:
             if self._has_search_left():
                 continue
             if step < last_step and self._is_due(self.config.evaluation.every_steps):
-                self.evaluator.measure_student(step)
+                self._evaluate()
             if self._is_due(self.config.checkpoint.every_steps):
                 self._save()
         self._save()
         if self._has_search_left():
             return "interrupted"
-        self.evaluator.measure_student(self.progress.step)
+        self._evaluate()
         return "finished"
 
     def _has_search_left(self) -> bool:
@@ -143,7 +153,13 @@ class Trainer:
 
     def _probe(self, step: int) -> dict[str, float | int]:
         """Let EffOPD search, where a search follows the step; return its metrics. A stop leaves it for the resumed run."""
-        search = self.search.maybe_probe(step, self.stop.agreed) if self.search is not None else None
+
+        def should_stop() -> bool:
+            """Asked before every candidate, each of which takes as long as an evaluation."""
+            self._watchdog.begin(f"the search after step {step}")
+            return self.stop.agreed()
+
+        search = self.search.maybe_probe(step, should_stop) if self.search is not None else None
         if self.search is None or search is None:
             return {}
         self.progress = replace(self.progress, searches=tuple(self.search.history))
@@ -208,8 +224,13 @@ class Trainer:
                 "lower training.learning_rate, or resume from an earlier checkpoint"
             )
 
+    def _evaluate(self) -> None:
+        self._watchdog.begin(f"the evaluation after step {self.progress.step}")
+        self.evaluator.measure_student(self.progress.step)
+
     def _save(self) -> None:
         if self._saved_step < self.progress.step:
+            self._watchdog.begin(f"the checkpoint of step {self.progress.step}")
             self.checkpoints.save(self.student, self.progress, self._ahead, self.search)
             self._saved_step = self.progress.step
 
@@ -219,6 +240,7 @@ class Trainer:
     @contextmanager
     def _measured(self, phase: str) -> Iterator[None]:
         """Add how long a phase took on this rank, and keep the most memory it had in use."""
+        self._watchdog.begin(f"the phase {phase!r} of step {self.progress.step + (phase != 'probe')}")
         torch.cuda.synchronize()
         started = time.perf_counter()
         start_peak()

@@ -5,7 +5,9 @@ Whole runs in processes of their own, started as a user starts them. Not covered
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -379,12 +381,90 @@ def test_a_run_is_not_resumed_in_another_precision(models: Path, two_checkpoints
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_named_with_the_one_before(models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+def test_a_damaged_checkpoint_without_checksums_is_named_with_the_one_before(
+    models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path, name: str
+) -> None:
+    """As an older version wrote it."""
     run, config = tmp_path / "run", _config(models, steps=3)
     shutil.copytree(two_checkpoints, run)
+    (run / "checkpoints" / "step_2" / "checksums.json").unlink()
     DAMAGES[name](run / "checkpoints" / "step_2")
     for message in pool.run(_resume_or_message, config, run, world_size=2):
         assert re.search("step_2.* damaged", message), message
         assert message.endswith("start again to resume from step_1")
     (run / "checkpoints" / "step_2").rename(run / "damaged")
     assert pool.run(run_job, config, run, world_size=2) == ["finished", "finished"]
+
+
+def _resume_and_listen(config: RunConfig, run: Path) -> str:
+    """Return what a resumed run tells, on rank 0."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert run_job(config, run) == "finished"
+    return told.getvalue()
+
+
+def _flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped bit of the weights": (lambda step: _flip_a_bit(next(step.glob("*.distcp"))), "has other bytes than were written"),
+    "weights cut": (DAMAGES["weights cut"], "bytes instead of"),
+    "weights missing": (DAMAGES["weights missing"], "is missing"),
+    "a flipped bit of the tokenizer": (lambda step: _flip_a_bit(step / "huggingface" / "tokenizer.json"), "tokenizer.json has other bytes"),
+    "checksums cut": (lambda step: _cut(step / "checksums.json"), "checksums.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", FILE_DAMAGES)
+def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_one_named_and_kept(
+    models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path, name: str
+) -> None:
+    spoil, why = FILE_DAMAGES[name]
+    run, config = tmp_path / "run", _config(models, steps=3)
+    shutil.copytree(two_checkpoints, run)
+    spoil(run / "checkpoints" / "step_2")
+    spoiled = {file.name: file.read_bytes() for file in (run / "checkpoints" / "step_2").rglob("*") if file.is_file()}
+    told = pool.run(_resume_and_listen, config, run, world_size=2)[0]
+    assert "step_2 is damaged" in told
+    assert why in told
+    assert "resumed from" in told
+    assert "step_1" in told.split("resumed from")[1].splitlines()[0]
+    kept = {file.name: file.read_bytes() for file in (run / "checkpoints" / "step_2.damaged").rglob("*") if file.is_file()}
+    assert kept == spoiled
+    whole = tmp_path / "whole"
+    shutil.copytree(two_checkpoints, whole)
+    pool.run(run_job, config, whole, world_size=2)
+    assert all(torch.equal(_weights(run)[tensor], weight) for tensor, weight in _weights(whole).items())
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_refused(models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", _config(models, steps=3)
+    shutil.copytree(two_checkpoints, run)
+    for step in ("step_1", "step_2"):
+        _flip_a_bit(run / "checkpoints" / step / "progress.json")
+    for message in pool.run(_resume_or_message, config, run, world_size=2):
+        assert "are damaged (step_2: progress.json has other bytes than were written; step_1:" in message
+
+
+@pytest.mark.parametrize("kind", ["asleep", pytest.param("without a turn", marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of the rank that hangs, in what it hangs; where none of its threads gets a turn, half a minute later."""
+    monkeypatch.setenv("HANGING_RANK", "1")
+    monkeypatch.setenv("HANGING_KIND", kind)
+    command = _command(models, tmp_path / "run", "training.watchdog_seconds=4", "training.steps=500")
+    words = [word for word in command[3:] if word not in ("--nproc-per-node", "2")]
+    started = time.monotonic()
+    job = run_program("tests.hanging", *words, ranks=2)
+    assert job.returncode == 1
+    assert time.monotonic() - started < 100
+    if kind == "asleep":
+        assert job.stderr.count("no progress for 4 seconds in the phase 'train' of step 3 (training.watchdog_seconds)") == 4, "both ranks, first and last"
+        assert job.stderr.splitlines()[-1].startswith("error: rank ")
+    else:
+        assert "Timeout (0:00:34)!" in job.stderr
+    assert "in hang" in job.stderr
+    assert "in train_step" in job.stderr, "the other rank waits for it"

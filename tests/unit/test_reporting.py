@@ -129,10 +129,13 @@ def test_a_mistake_takes_nothing_from_a_run_that_was_there(tmp_path, before, aft
     if before is not None:
         first.write_status(before)
     first.unlock()
+    written = first.status_path.stat().st_mtime_ns if before is not None else None
     run = open_run(tmp_path)
     run.write_status("running")
     assert run.step_back()
     assert run.read_status() == after
+    if written is not None:
+        assert run.status_path.stat().st_mtime_ns == written, "a script that waits for this attempt's word must not take the old one for it"
     assert run.metrics_path.read_text() == '{"step": 1}\n'
     run.metrics_path.write_text('{"step": 1}\n{"step": 2}\n')
     assert not run.step_back(), "after a step it is no longer a mistake of the start"

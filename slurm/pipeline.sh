@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Submits a whole distillation as jobs that wait for one another: convert the student, train, export, evaluate.
+#
+#   slurm/pipeline.sh NAME --student HF_DIR --data FILE --run-dir DIR [--train "sbatch options"] [--small "sbatch options"] [-- KEY=VALUE ...]
+#
+# --train has what training asks of Slurm (--nodes=4 --ntasks-per-node=8 --gpus-per-node=8 ...), --small what the other three do. They run only if the one before ended
+# well; one that cannot run any more is cancelled. Prints the numbers of the jobs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mistake() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+recipe=${1:-}
+case $recipe in "" | -*) mistake "name a recipe first: slurm/pipeline.sh NAME --student HF_DIR --data FILE --run-dir DIR" ;; esac
+shift
+student='' data='' run='' train=() small=()
+while [ $# -gt 0 ]; do
+    [ "$1" = -- ] && shift && break
+    [ $# -ge 2 ] || mistake "$1 needs a value"
+    case $1 in
+        --student) student=$2 ;;
+        --data) data=$2 ;;
+        --run-dir) run=$2 ;;
+        --train) read -ra train <<<"$2" ;;
+        --small) read -ra small <<<"$2" ;;
+        *) mistake "unknown option $1; KEY=VALUE words come after --" ;;
+    esac
+    shift 2
+done
+[ -f "$student/config.json" ] || mistake "--student '$student' is no Hugging Face folder: no config.json in it"
+[ -n "$data" ] || mistake "--data is missing: the prompts, with answers, that the student is measured on"
+[ -n "$run" ] || mistake "--run-dir is missing"
+[ ! -e "$run" ] || mistake "$run exists; a pipeline begins with a new folder, and slurm/train.sbatch goes on with one that is there"
+mkdir -p "$run" 2>/dev/null || mistake "$run cannot be written; choose another --run-dir"
+run=$(readlink -f "$run")
+mkdir -p "$run/logs"
+
+# The first job that is refused takes back the others: nothing runs without its end.
+jobs=()
+submit() {
+    local name=$1 after='' job
+    shift
+    [ ${#jobs[@]} -eq 0 ] || after=${jobs[-1]}
+    local options=(--parsable --job-name="opd-$name" --output="$run/logs/$name.log" --open-mode=append)
+    [ -z "$after" ] || options+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes)
+    if ! job=$(sbatch "${options[@]}" "$@"); then
+        [ ${#jobs[@]} -eq 0 ] || scancel "${jobs[@]}"
+        rmdir "$run/logs" "$run" 2>/dev/null || true
+        mistake "sbatch refused the job '$name'; nothing was submitted"
+    fi
+    jobs+=("${job%%;*}")
+    echo "$name ${job%%;*}"
+}
+
+submit convert "${small[@]}" slurm/convert.sbatch to-megatron --hf "$student" --out "$run/start"
+submit train "${train[@]}" slurm/train.sbatch "$recipe" --run-dir "$run/run" student.hf=null student.checkpoint="$run/start" "$@"
+submit export "${small[@]}" slurm/convert.sbatch to-hf --run-dir "$run/run" --out "$run/hf"
+submit evaluate "${small[@]}" slurm/evaluate.sbatch --hf "$run/hf" --data "$data"
+echo "logs: $run/logs; the student will be in $run/hf"
