@@ -102,7 +102,7 @@ class CheckpointFolder:
             if damage is None:
                 return path
             damaged.append(f"{path.name}: {damage}")
-            note(f"{path} is damaged: {damage}; it is set aside, and the one before it is taken")
+            note(f"{path} is damaged: {damage}; it is set aside as {path.name}.damaged")
             with shared_errors():
                 if dist.get_rank() == 0:
                     aside = path.with_name(f"{path.name}.damaged")

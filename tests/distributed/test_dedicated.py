@@ -73,6 +73,12 @@ def test_a_damaged_batch_that_was_waiting_is_refused(models: Path, pool: RankPoo
     pool.run(run_until_step, config, tmp_path / "run", 1, world_size=2)
     file = tmp_path / "run" / "checkpoints" / "step_1" / "written_ahead.jsonl"
     file.write_text(file.read_text()[:100])
+    with pytest.raises(AssertionError, match=r"are damaged \(step_1: written_ahead.jsonl has 100 bytes instead of"):
+        pool.run(run_job, config, tmp_path / "run", world_size=2)
+    # As an older version wrote it, without checksums.
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_1.damaged").rename(checkpoints / "step_1")
+    (checkpoints / "step_1" / "checksums.json").unlink()
     with pytest.raises(AssertionError, match=r"step_1 is damaged: .*written_ahead.jsonl:1 is not a recorded rollout.*move .*step_1 away"):
         pool.run(run_job, config, tmp_path / "run", world_size=2)
 

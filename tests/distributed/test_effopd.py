@@ -1,19 +1,15 @@
-"""EffOPD in whole runs: weights, masters and anchor after searches in several layouts, their checkpoints, and what goes wrong on the way.
+"""What EffOPD's searches do to weights, masters and moments in several layouts, and what goes wrong on the way.
 
-Scores are scripted where a decision is to be forced; runs that resume score for real, by the loss to the teacher. What a search does is compared with a plain
-reading of the paper on this rank's whole slices. Not covered: GPUs.
+Scores are scripted where a decision is to be forced. What a search does is compared with a plain reading of the paper on this rank's whole slices. Runs that
+stop, resume and die are in test_effopd_resume.py. Not covered: GPUs.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,136 +18,24 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, apply_overrides
-from opd_megatron.models.modules import chosen_rows
-from opd_megatron.models.weight_map import weight_map
-from opd_megatron.models.weights import named_global_parameters
 from opd_megatron.training.effopd import EffOPD, Search
 from opd_megatron.training.masters import MasterShard, host_copy
 from opd_megatron.training.search_scores import AnswerScore, Scored
 from tests.pool import RankPool
-from tests.runs import LAYOUTS, metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher
+from tests.runs import metrics_of, run_job, run_until_step, small_config, weights_of
+from tests.searches import (
+    ACCEPTED,
+    SCRIPT,
+    Seen,
+    check_searches,
+    config_of,
+    moved_names,
+    scripted_run,
+    start_of,
+    watched,
+    without_seconds,
+)
 from tests.tiny import write_tiny_model
-
-Tensors = dict[str, torch.Tensor]
-
-
-def config_of(models: Path, layout: str | None, *overrides: str) -> tuple[RunConfig, int]:
-    student, teacher, world_size = LAYOUTS[layout] if layout is not None else ({}, {}, 1)
-    own = dict(teacher)
-    config = with_teacher(small_config(models, **student), own.pop("own", None), **own)
-    return apply_overrides(config, ["effopd.enabled=true", "effopd.prompts=6", *overrides]), world_size
-
-
-@dataclass
-class Seen:
-    """What a rank held before and after each search, and what it decided."""
-
-    before: list[Tensors] = field(default_factory=list)
-    after: list[Tensors] = field(default_factory=list)
-    masters: list[Tensors] = field(default_factory=list)
-    moments: list[tuple[Tensors, Tensors]] = field(default_factory=list)
-    searches: list[Search | None] = field(default_factory=list)
-
-
-def whole_masters(search: EffOPD, key: str) -> Tensors:
-    """Return fp32 numbers of the optimizer in whole slices: read straight from Megatron-Core, and added up over the replicas."""
-    found = {}
-    of = {}
-    for part in search.student.optimizer.chained_optimizers:
-        for parameter in part.model_param_group_index_map:
-            of[parameter] = part._get_main_param_and_optimizer_states(parameter).get(key), part._get_model_param_range_map(parameter)["param"]
-    for name, parameter in named_global_parameters(search.student.model, search.student.architecture):
-        if not parameter.requires_grad:
-            found[name] = parameter.detach().float().clone()
-            continue
-        flat = torch.zeros(parameter.numel())
-        if parameter in of and of[parameter][0] is not None:
-            numbers, owned = of[parameter]
-            flat[owned.start : owned.end] = numbers.detach()
-        expert = not getattr(parameter, "allreduce", True)
-        dist.all_reduce(flat, group=search.student.groups.collection.expt_dp if expert else search.student.groups.collection.dp_cp)
-        found[name] = flat.reshape(parameter.shape)
-    return found
-
-
-@contextmanager
-def watched(seen: Seen, script: Callable[[int], Iterator[float]] | None = None) -> Iterator[None]:
-    """Keep what each search does; with a script, the scores after a step are its numbers."""
-    probe, begin = EffOPD.maybe_probe, AnswerScore.begin
-
-    def parameters(search: EffOPD) -> Tensors:
-        named = named_global_parameters(search.student.model, search.student.architecture)
-        return {name: parameter.detach().clone() for name, parameter in named}
-
-    def watch(self: EffOPD, step: int, should_stop: Callable[[], bool]) -> Search | None:
-        if not self.is_pending(step):
-            return probe(self, step, should_stop)
-        with self.student.optimizer_on_device():
-            before, moments = whole_masters(self, "param"), whole_masters(self, "exp_avg")
-        seen.before.append(before)
-        try:
-            seen.searches.append(probe(self, step, should_stop))
-        finally:
-            with self.student.optimizer_on_device():
-                seen.after.append(parameters(self))
-                seen.masters.append(whole_masters(self, "param"))
-                seen.moments.append((moments, whole_masters(self, "exp_avg")))
-        return seen.searches[-1]
-
-    def scripted(self: AnswerScore, step: int) -> Callable[[], Scored]:
-        assert script is not None
-        numbers = script(step)
-        return lambda: Scored(next(numbers))
-
-    EffOPD.maybe_probe = watch  # type: ignore[method-assign]
-    if script is not None:
-        AnswerScore.begin = scripted  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        EffOPD.maybe_probe, AnswerScore.begin = probe, begin  # type: ignore[method-assign]
-
-
-# Scores after steps 1, 2, 4 and 8, the first of each that of the weights before the search; and what is accepted.
-SCRIPT = {1: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 2: [0.1, 0.2, 0.3, 0.3], 4: [0.5, 0.4], 8: [0.2, 0.3, 0.3]}
-# An accepted one after an accepted one, and after a refused one: the anchor of either is used.
-ACCEPTED = [5, 2, 0, 1]
-
-
-def scripted_run(config: RunConfig, run: Path, script: dict[int, list[float]]) -> Seen:
-    seen = Seen()
-    with watched(seen, lambda step: iter(script[step])):
-        run_job(config, run)
-    return seen
-
-
-def check_searches(seen: Seen, start: Tensors, accepted: list[int], moved: set[str], *, precision: torch.dtype = torch.float32) -> None:
-    """Compare with the paper's rule on whole slices, bit for bit."""
-    anchor = start
-    assert [search.accepted_k for search in seen.searches if search is not None] == accepted
-    for before, after, masters, k in zip(seen.before, seen.after, seen.masters, accepted, strict=True):
-        for name, weight in before.items():
-            expected = weight + 2 * k * (weight - anchor[name]) if k and name in moved else weight
-            assert torch.equal(masters[name], expected), name
-            assert torch.equal(after[name], expected.to(precision)), name
-        anchor = masters
-
-
-def start_of(config: RunConfig) -> Tensors:
-    """Return this rank's weights of step 0, as its masters begin."""
-    from opd_megatron.models.weights import open_weights
-    from opd_megatron.parallel.groups import student_groups
-    from opd_megatron.training.student import Student
-
-    student = Student(config, open_weights(hf=config.student.hf), student_groups(config.student.layout, 1), torch.device("cpu"))
-    return {name: parameter.detach().float().clone() for name, parameter in named_global_parameters(student.model, student.architecture)}
-
-
-def moved_names(config: RunConfig, choice: str) -> set[str]:
-    from opd_megatron.models.weights import open_weights
-
-    return {row.name for row in chosen_rows(choice, weight_map(open_weights(hf=config.student.hf).architecture))}
-
 
 CASES = [
     ("TP2xPP2", ()),
@@ -319,105 +203,6 @@ def test_a_search_that_refuses_everything_is_plain_distillation(models: Path, po
     refused, reference = weights_of(tmp_path / "refused"), weights_of(tmp_path / "plain")
     assert all(torch.equal(refused[name], reference[name]) for name in reference)
     assert [step["loss"] for step in metrics_of(tmp_path / "refused")] == [step["loss"] for step in metrics_of(tmp_path / "plain")]
-
-
-REAL = ("effopd.score=divergence", "training.learning_rate=3e-4", "training.steps=7", "effopd.spacing=0.5")
-
-
-@pytest.mark.parametrize("stops", [(3, 4), pytest.param((1,), marks=pytest.mark.slow), pytest.param((6,), marks=pytest.mark.slow)])
-def test_a_run_that_stops_between_searches_ends_with_the_same_bits(models: Path, pool: RankPool, tmp_path: Path, stops: tuple[int, ...]) -> None:
-    """At a search's step, between two, after one; the score is real, and accepts and refuses."""
-    config, world_size = config_of(models, "TP2xPP2", *REAL)
-    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
-    for stop in stops:
-        pool.run(run_until_step, config, tmp_path / "parts", stop, world_size=world_size)
-    pool.run(run_job, config, tmp_path / "parts", world_size=world_size)
-    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    searches = [without_seconds(run) for run in (tmp_path / "whole", tmp_path / "parts")]
-    assert searches[0] == searches[1]
-    assert [search["step"] for search in searches[0]] == [1, 2, 4]
-    assert max(search["accepted_k"] for search in searches[0]) > 0
-    progress = json.loads((tmp_path / "parts" / "checkpoints" / "step_7" / "progress.json").read_text())
-    assert [search["step"] for search in progress["searches"]] == [1, 2, 4]
-
-
-def without_seconds(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "effopd.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-@pytest.mark.slow
-def test_a_run_resumes_its_anchor_in_another_layout(models: Path, pool: RankPool, tmp_path: Path) -> None:
-    config, world_size = config_of(models, "TP2xPP2", *REAL)
-    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
-    pool.run(run_until_step, config, tmp_path / "parts", 3, world_size=world_size)
-    other, world_size = config_of(models, "DP2", *REAL)
-    pool.run(run_job, other, tmp_path / "parts", world_size=world_size)
-    for one, two in zip(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "parts"), strict=True):
-        assert two["accepted_k"] == one["accepted_k"]
-        # Sums in another order; the norm of an update of 1e-3 a number.
-        assert two["update_norm"] == pytest.approx(one["update_norm"], rel=1e-3)
-        assert two["score"] == pytest.approx(one["score"], rel=1e-3)
-
-
-def _stopped_in_a_search(config: RunConfig, run: Path, at_step: int) -> str:
-    """Ask for a stop while the candidates of one step are scored."""
-    judge = EffOPD._judge
-
-    def stopped(self: EffOPD, k: int, scored: Scored, best: Scored) -> Any:
-        if len(self.history) == at_step.bit_length() - 1 and k == 1 and dist.get_rank() == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return judge(self, k, scored, best)
-
-    EffOPD._judge = stopped  # type: ignore[method-assign]
-    try:
-        return run_job(config, run)
-    finally:
-        EffOPD._judge = judge  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("at_step", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_a_stop_within_a_search_leaves_it_for_the_resumed_run(models: Path, pool: RankPool, tmp_path: Path, at_step: int) -> None:
-    """At the last step as well, after which there is only the search left."""
-    config, world_size = config_of(models, "PP2", *REAL, "training.steps=4", "effopd.accept=ge", "effopd.spacing=0.1")
-    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
-    assert pool.run(_stopped_in_a_search, config, tmp_path / "parts", at_step, world_size=world_size) == ["interrupted"] * world_size
-    assert [search["step"] for search in without_seconds(tmp_path / "parts")] == [step for step in (1, 2, 4) if step < at_step]
-    assert pool.run(run_job, config, tmp_path / "parts", world_size=world_size) == ["finished"] * world_size
-    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "parts")
-
-
-def _killed_in_a_search(config: RunConfig, run: Path, kill_at: int) -> str:
-    """Let the last rank die while the second candidate of one search is in the weights."""
-    judge = EffOPD._judge
-
-    def dying(self: EffOPD, k: int, scored: Scored, best: Scored) -> Any:
-        if len(self.history) == kill_at.bit_length() - 1 and k == 2 and dist.get_rank() == dist.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return judge(self, k, scored, best)
-
-    EffOPD._judge = dying  # type: ignore[method-assign]
-    try:
-        return run_job(config, run)
-    finally:
-        EffOPD._judge = judge  # type: ignore[method-assign]
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_in_a_search_leaves_the_last_accepted_weights(models: Path, pool: RankPool, tmp_path: Path) -> None:
-    """They are in the checkpoint before it, from which the run goes on as if nothing had been."""
-    config, world_size = config_of(models, "PP2", *REAL, "training.steps=5", "effopd.accept=ge", "effopd.spacing=0.1", "checkpoint.every_steps=1")
-    pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
-    with pytest.raises(AssertionError):
-        pool.run(_killed_in_a_search, config, tmp_path / "parts", 4, world_size=world_size, timeout=20)
-    assert [search["step"] for search in without_seconds(tmp_path / "parts")] == [1, 2]
-    pool.run(run_job, config, tmp_path / "parts", world_size=world_size)
-    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "parts")
 
 
 def _spoiled_run(config: RunConfig, run: Path, kind: str) -> list[str | None]:

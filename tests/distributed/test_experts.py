@@ -76,7 +76,7 @@ def _train_once(folder: Path, layout: ParallelLayout, learning_rate: float) -> t
     """Return, of one step on the mean of all logits' squares, every parameter's gradient norm and change on this rank, and the global norm."""
     model, groups = _load(folder, layout)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model.last)
-    optimizer, _ = build_optimizer([ddp], TrainingConfig(learning_rate=learning_rate, precision="fp32"))
+    optimizer, _ = build_optimizer([ddp], TrainingConfig(learning_rate=learning_rate, precision="fp32"), {})
     named = dict(named_global_parameters(model, open_weights(hf=str(folder)).architecture))
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
     ddp.zero_grad_buffer()
