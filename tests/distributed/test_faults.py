@@ -451,14 +451,12 @@ def test_a_run_with_damaged_checkpoints_alone_is_refused(models: Path, two_check
 
 
 @pytest.mark.parametrize("kind", ["asleep", pytest.param("without a turn", marks=pytest.mark.slow)])
-def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(models: Path, tmp_path: Path, kind: str) -> None:
     """Of the rank that hangs, in what it hangs; where none of its threads gets a turn, half a minute later."""
-    monkeypatch.setenv("HANGING_RANK", "1")
-    monkeypatch.setenv("HANGING_KIND", kind)
     command = _command(models, tmp_path / "run", "training.watchdog_seconds=10", "training.steps=500")
     words = [word for word in command[3:] if word not in ("--nproc-per-node", "2")]
     started = time.monotonic()
-    job = run_program("tests.hanging", *words, ranks=2)
+    job = run_program("tests.hanging", "1", kind, *words, ranks=2)
     assert job.returncode == 1
     assert time.monotonic() - started < 100
     if kind == "asleep":
