@@ -137,6 +137,7 @@ def test_learning_rates_are_scaled_by_module(models: Path, pool: RankPool, recor
     assert metrics_of(tmp_path / "run")[0]["lr"] == pytest.approx(rate)
 
 
+@pytest.mark.slow
 def test_scaled_rates_survive_a_resume_bit_for_bit(models: Path, pool: RankPool, tmp_path: Path) -> None:
     factors = ('modules.learning_rate_factors={"mlp": 0.5, "layers.1.mlp": 3, "layers.2.attention": 2}', "training.steps=4", "training.lr_schedule=cosine")
     config, world_size = config_of(models, "!embedding", "PP2", *factors)
@@ -181,6 +182,7 @@ def test_a_probe_ranks_modules_and_leaves_no_trace(models: Path, pool: RankPool,
     assert sum(norms[module] for module in frozen) <= 0.2 * total < sum(norms[module] for module in ranking[::-1][: len(frozen) + 1])
 
 
+@pytest.mark.slow
 def test_a_measured_run_resumes_with_what_was_measured(models: Path, pool: RankPool, tmp_path: Path) -> None:
     config, world_size = config_of(models, "measured", "PP2", *MEASURED, "effopd.enabled=true", "effopd.prompts=4", "effopd.accept=ge", "effopd.max_k=1")
     pool.run(run_job, config, tmp_path / "whole", world_size=world_size)

@@ -119,7 +119,7 @@ def _dedicated_command(models: Path, run: Path, *overrides: str) -> list[str]:
     return _command(models, run, *layout, *overrides, ranks=3)
 
 
-@pytest.mark.parametrize("rank", [1, 2], ids=["a student's rank", "the teacher's rank"])
+@pytest.mark.parametrize("rank", [pytest.param(1, id="a student's rank", marks=pytest.mark.slow), pytest.param(2, id="the teacher's rank")])
 def test_a_killed_rank_ends_both_worlds(faults_models: Path, tmp_path: Path, rank: int) -> None:
     job = _start(_dedicated_command(faults_models, tmp_path / "run", "training.steps=500", "teacher.staleness=1"))
     _wait_for_step(tmp_path / "run", 2)

@@ -39,7 +39,7 @@ from tests.tiny import write_tiny_model
 
 CASES = [
     ("TP2xPP2", ()),
-    ("DP2xPP2, teacher TP2", ("training.precision=bf16",)),
+    pytest.param("DP2xPP2, teacher TP2", ("training.precision=bf16",), marks=pytest.mark.slow),
     pytest.param("TP2+SP", ("effopd.modules=all", "training.offload_optimizer=true", "training.precision=bf16"), marks=pytest.mark.slow),
     pytest.param("PP2xVPP2", ("effopd.modules=released",), marks=pytest.mark.slow),
     pytest.param("CP2xPP2, teacher CP2", (), marks=pytest.mark.slow),

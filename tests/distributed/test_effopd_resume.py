@@ -20,10 +20,10 @@ from tests.runs import run_job, run_until_step, weights_of
 from tests.searches import REAL, config_of, without_seconds
 
 
-@pytest.mark.parametrize("stops", [(3, 4), pytest.param((1,), marks=pytest.mark.slow), pytest.param((6,), marks=pytest.mark.slow)])
-def test_a_run_that_stops_between_searches_ends_with_the_same_bits(models: Path, pool: RankPool, tmp_path: Path, stops: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("layout", "stops"), [("PP2", (3,)), *(pytest.param("TP2xPP2", stops, marks=pytest.mark.slow) for stops in ((1,), (3, 4), (6,)))])
+def test_a_run_that_stops_between_searches_ends_with_the_same_bits(models: Path, pool: RankPool, tmp_path: Path, layout: str, stops: tuple[int, ...]) -> None:
     """At a search's step, between two, after one; the score is real, and accepts and refuses."""
-    config, world_size = config_of(models, "TP2xPP2", *REAL)
+    config, world_size = config_of(models, layout, *REAL)
     pool.run(run_job, config, tmp_path / "whole", world_size=world_size)
     for stop in stops:
         pool.run(run_until_step, config, tmp_path / "parts", stop, world_size=world_size)

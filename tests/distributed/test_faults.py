@@ -124,7 +124,7 @@ STOPS: dict[str, Callable[[subprocess.Popen[str]], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("KILL") else []) for name in STOPS])
 def test_a_stop_saves_the_step_and_exits_75(models: Path, tmp_path: Path, name: str) -> None:
     job = _start(_command(models, tmp_path / "run", "training.steps=500", "checkpoint.every_steps=0"))
     _wait_for_step(tmp_path / "run", 3)
@@ -380,7 +380,10 @@ def test_a_run_is_not_resumed_in_another_precision(models: Path, two_checkpoints
         assert "training.precision" in message
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+QUICK_DAMAGES = ("weights cut", "progress of another kind", "weights not finite")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK_DAMAGES else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES])
 def test_a_damaged_checkpoint_without_checksums_is_named_with_the_one_before(
     models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path, name: str
 ) -> None:
@@ -419,7 +422,7 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILE_DAMAGES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if "flipped" in name else [pytest.mark.slow]) for name in FILE_DAMAGES])
 def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_one_named_and_kept(
     models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path, name: str
 ) -> None:
@@ -450,7 +453,8 @@ def test_a_run_with_damaged_checkpoints_alone_is_refused(models: Path, two_check
         assert "are damaged (step_2: progress.json has other bytes than were written; step_1:" in message
 
 
-@pytest.mark.parametrize("kind", ["asleep", pytest.param("without a turn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["asleep", "without a turn"])
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(models: Path, tmp_path: Path, kind: str) -> None:
     """Of the rank that hangs, in what it hangs; where none of its threads gets a turn, half a minute later."""
     command = _command(models, tmp_path / "run", "training.watchdog_seconds=10", "training.steps=500")

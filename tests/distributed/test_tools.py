@@ -68,8 +68,11 @@ def test_compare_logits_finds_no_difference(checkpoint: Path, arguments: tuple[o
 
 @pytest.mark.parametrize(
     ("arguments", "ranks"),
-    [(("--expert", 2), 2), (("--expert", 2, "--pipeline", 2), 4), (("--expert", 2, "--expert-tensor", 2, "--tensor", 2), 4)],
-    ids=["EP2", "EP2xPP2", "TP2, EP2xETP2"],
+    [
+        pytest.param(("--expert", 2), 2, id="EP2", marks=pytest.mark.slow),
+        pytest.param(("--expert", 2, "--pipeline", 2), 4, id="EP2xPP2"),
+        pytest.param(("--expert", 2, "--expert-tensor", 2, "--tensor", 2), 4, id="TP2, EP2xETP2", marks=pytest.mark.slow),
+    ],
 )
 def test_compare_logits_finds_no_difference_wherever_experts_are(mixture: tuple[Path, Path], arguments: tuple[object, ...], ranks: int) -> None:
     hf, checkpoint = mixture

@@ -80,6 +80,7 @@ def pid_of_rank(run: Path, rank: int) -> int:
     raise AssertionError(f"rank {rank} of {run} is not running")
 
 
+@pytest.mark.slow
 def test_a_crash_is_not_queued_again(cluster: Cluster, small_run: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(cluster, run, *small_run, "training.steps=500", "checkpoint.every_steps=2")
