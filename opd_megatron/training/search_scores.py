@@ -89,6 +89,7 @@ class DivergenceScore:
     prompts: PromptSet
 
     def begin(self, step: int) -> Measure:
+        """Return the loss to the teacher, on responses that the weights of this moment write and the teacher scores once."""
         rollout = self.config.rollout
         rollouts = self.align(
             sample_rollouts(

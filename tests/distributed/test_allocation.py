@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_megatron.config import CheckpointConfig, ModulesConfig, RunConfig, apply_overrides
+from opd_megatron.config import ModulesConfig, RunConfig, apply_overrides
 from opd_megatron.models.modules import chosen_rows, module_of
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.models.weights import open_weights
@@ -114,17 +113,12 @@ def test_what_does_not_train_costs_no_gradient_and_no_optimizer(models: Path, po
     assert last["optimizer"] == pytest.approx(8 * numbers, rel=0.01)
 
 
-def first_step(config: RunConfig, run: Path) -> dict[str, Any]:
-    pool_config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1), checkpoint=CheckpointConfig())
-    return {"status": run_job(pool_config, run)}
-
-
 @pytest.mark.parametrize("layout", [pytest.param(None, marks=pytest.mark.slow), "TP2xPP2"])
 def test_learning_rates_are_scaled_by_module(models: Path, pool: RankPool, recorded: Path, tmp_path: Path, layout: str | None) -> None:
     """Adam's first step is the learning rate times the sign of the gradient, wherever that is not tiny."""
     factors = 'modules.learning_rate_factors={"mlp": 0.5, "layers.1.mlp": 3}'
-    config, world_size = config_of(models, "all", layout, factors, f"rollout.replay={recorded}", "training.warmup_steps=0")
-    pool.run(first_step, config, tmp_path / "run", world_size=world_size)
+    config, world_size = config_of(models, "all", layout, factors, f"rollout.replay={recorded}", "training.warmup_steps=0", "training.steps=1")
+    pool.run(run_job, config, tmp_path / "run", world_size=world_size)
     before, after = load_file(models / "student" / "model.safetensors"), weights_of(tmp_path / "run")
 
     def largest(name: str) -> float:
