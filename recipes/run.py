@@ -30,12 +30,14 @@ import recipes
 from opd_megatron.config import RunConfig, apply_overrides
 from opd_megatron.launch.local import launch_local
 from opd_megatron.reporting.cause import leave_cause
-from opd_megatron.reporting.run_directory import RunDirectory
-from opd_megatron.training.preflight import check_run
+from opd_megatron.reporting.run_directory import RunDirectory, given_path
+from opd_megatron.training.preflight import MAY_CHANGE, check_run
+from opd_megatron.training.stop_signals import StopSignals
 
 EXIT_CRASH = 1
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 75
+_MOST_RANKS_HERE = 256
 # What a shell gives a program that Ctrl-C ended.
 EXIT_KEYBOARD = 130
 
@@ -76,15 +78,19 @@ def main() -> int:
         for name, function in all_recipes().items():
             print(f"{name:<44} {(inspect.getdoc(function) or '').splitlines()[0]}")
         return 0
+    # A rank that is asked to stop while it imports and loads stops with the others; the launcher of ranks passes signals on.
+    signals = StopSignals() if arguments.nproc_per_node is None and not arguments.check else None
     try:
         if not arguments.name:
             raise ValueError("name a recipe; --list shows them")
         ranks = arguments.nproc_per_node
-        if ranks is not None and ranks < 1:
-            raise ValueError(f"--nproc-per-node {ranks} must be at least 1")
+        if ranks is not None and not 1 <= ranks <= _MOST_RANKS_HERE:
+            raise ValueError(f"--nproc-per-node {ranks} must be at least 1, and at most {_MOST_RANKS_HERE} on one machine")
         if ranks is not None and "RANK" in os.environ:
             raise ValueError("--nproc-per-node starts ranks, and this process is a rank of torchrun or srun already (RANK is set); leave one of the two out")
         config = resolve(arguments.name, arguments.overrides, ranks or _world_size())
+        if arguments.run_dir is not None:
+            RunDirectory(arguments.run_dir).check(recipe=arguments.name, config=config.to_json(), may_change=MAY_CHANGE)
         if arguments.check:
             print(json.dumps(config.to_json(), indent=2))
             return 0
@@ -96,7 +102,7 @@ def main() -> int:
         return _mistake(error)
     if ranks is not None:
         return _launch(arguments, ranks)
-    return _run(arguments.name, config, arguments.run_dir)
+    return _run(arguments.name, config, arguments.run_dir, signals)
 
 
 def _launch(arguments: argparse.Namespace, ranks: int) -> int:
@@ -116,12 +122,12 @@ def _check_alone(config: RunConfig) -> None:
         raise ValueError(f"{error}; this process is the only rank: add --nproc-per-node {config.world_size}, or start it by torchrun or srun") from None
 
 
-def _run(name: str, config: RunConfig, run_dir: Path) -> int:
+def _run(name: str, config: RunConfig, run_dir: Path, signals: StopSignals | None) -> int:
     opd_megatron.import_megatron()
     from opd_megatron.training.job import run_job
 
     try:
-        return EXIT_INTERRUPTED if run_job(name, config, run_dir) == "interrupted" else 0
+        return EXIT_INTERRUPTED if run_job(name, config, run_dir, signals) == "interrupted" else 0
     except ValueError as error:
         code = _mistake(error)
     except KeyboardInterrupt:
@@ -163,7 +169,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe, e.g. training.steps=10")
     parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
     parser.add_argument("--check", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--run-dir", type=Path, help="folder of this run; an existing one is resumed")
+    parser.add_argument("--run-dir", type=given_path, help="folder of this run; an existing one is resumed")
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="start N ranks on this machine; not under torchrun or srun")
     return parser.parse_intermixed_args()
 

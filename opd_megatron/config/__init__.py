@@ -10,6 +10,7 @@ from opd_megatron.config.nearest import name_changes, nearest_layouts
 from opd_megatron.config.overrides import all_keys, apply_overrides
 from opd_megatron.config.run import CheckpointConfig, EvaluationConfig, RolloutConfig, RunConfig, TrainingConfig
 from opd_megatron.config.stored import from_json
+from opd_megatron.config.tracking import TrackingConfig
 
 __all__ = [
     "AlignmentConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "RunConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TrackingConfig",
     "TrainingConfig",
     "all_keys",
     "apply_overrides",

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+# A password in a URL or after its name; tokens of Hugging Face, GitHub, GitLab, Amazon, and those that begin with sk-.
+_CREDENTIALS = re.compile(
+    r"://[^/\s@]*:[^/\s@]+@|\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?i:passw(?:or)?d|secret|api_?key|token)=."
+)
 
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
@@ -24,6 +29,12 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
         if not equals:
             raise ValueError(f"{word!r} is not KEY=VALUE; write e.g. training.steps=10")
         _check_key(config, key)
+        if _CREDENTIALS.search(value):
+            # Not repeated here: this message may be in a log.
+            raise ValueError(
+                f"{key} holds what looks like a password or a token, which config.json, logs and the report would show; put it into the environment "
+                "(HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD, ...) or a credentials file"
+            )
         node = tree
         *parents, leaf = key.split(".")
         for parent in parents:

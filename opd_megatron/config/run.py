@@ -14,6 +14,7 @@ from opd_megatron.config.effopd import EffOPDConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
 from opd_megatron.config.models import StudentConfig, TeacherConfig
 from opd_megatron.config.modules import ModulesConfig
+from opd_megatron.config.tracking import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,8 @@ class TrainingConfig:
     max_skipped_steps: int = 5
     # A rank that is in one phase of a step, one save or one evaluation for longer ends the run, and all ranks write where they stand; 0 waits for ever.
     watchdog_seconds: float = 1800.0
+    # What one GPU can do in 1e12 operations a second, for model_flop_utilization; null knows NVIDIA's data centre GPUs from A100 on, in bf16.
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"training.steps={self.steps} must be at least 1")
@@ -89,6 +92,8 @@ class TrainingConfig:
         require(
             0 <= self.watchdog_seconds < math.inf, f"training.watchdog_seconds={self.watchdog_seconds} must be a finite number, not negative; 0 turns it off"
         )
+        peak = self.peak_tflops
+        require(peak is None or 0 < peak < math.inf, f"training.peak_tflops={peak} must be a positive number, or null for what is known of the GPU")
         require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
 
 
@@ -98,6 +103,8 @@ class CheckpointConfig:
 
     every_steps: int = 0
     keep: int = 2
+    # Go on with the next steps while a checkpoint is written; takes as much host memory as the rank's share of it.
+    in_background: bool = True
     resume: bool = True
 
     def __post_init__(self) -> None:
@@ -154,6 +161,7 @@ class RunConfig:
     effopd: EffOPDConfig = field(default_factory=EffOPDConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         most, limit = 2**22, self.training.micro_batch_tokens
@@ -162,7 +170,7 @@ class RunConfig:
             f"data.batch_prompts * rollout.samples_per_prompt = {self.num_sequences} sequences a step are more than {most}; lower one of them",
         )
         require(limit is None or limit < 2**31, f"training.micro_batch_tokens={limit} must be below 2**31, or null for no packing")
-        require(self.world_size >= 1, f"world_size={self.world_size} must be at least 1")
+        require(1 <= self.world_size <= 2**20, f"world_size={self.world_size} must be at least 1, and at most {2**20}")
         require(abs(self.seed) < 2**63, f"seed={self.seed} must fit into 64 bits")
         self._check_effopd()
         if self.training.objective == "opd":

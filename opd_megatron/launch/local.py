@@ -21,7 +21,8 @@ from pathlib import Path
 # Survivors of a crash usually notice at once, by a closed connection; those that do not are ended.
 _GRACE_SECONDS = 10.0
 # A user's mistake, and a stop on request: rank 0 has printed the reason.
-_TOLD_BY_THE_RANK = (2, 75)
+_MISTAKE, _INTERRUPTED = 2, 75
+_TOLD_BY_THE_RANK = (_MISTAKE, _INTERRUPTED)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,11 +34,15 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
     with tempfile.TemporaryDirectory(prefix="opd-ranks-") as folder:
         cause_files = [Path(folder) / f"rank_{rank}.json" for rank in range(num_processes)]
         children = _start(arguments, cause_files)
-        _pass_signals_on(children)
+        passed_on = _pass_signals_on(children)
         failed = _first_failure(children)
         if failed is None:
             return 0
         _end_survivors(children)
+        if -children[failed].returncode in passed_on:
+            # From its first line on, a rank remembers a signal; this one met Python before that.
+            print("stopped on request before the run began; start the same command again", flush=True)
+            return _INTERRUPTED
         return _report(failed, children[failed].returncode, cause_files[failed])
 
 
@@ -59,8 +64,12 @@ def _start(arguments: Sequence[str], cause_files: Sequence[Path]) -> list[subpro
     ]
 
 
-def _pass_signals_on(children: Sequence[subprocess.Popen[bytes]]) -> None:
+def _pass_signals_on(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Have the ranks get what this process gets; return the list of what they got, which grows."""
+    passed_on: list[int] = []
+
     def forward(number: int, _frame: object) -> None:
+        passed_on.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -70,6 +79,7 @@ def _pass_signals_on(children: Sequence[subprocess.Popen[bytes]]) -> None:
             signal.signal(number, forward)
     # A terminal sends INT to the whole group: the ranks have it already, and this process waits for them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return passed_on
 
 
 def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int | None:

@@ -4,46 +4,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from opd_megatron.reporting.run_directory import RunDirectory, Status, replace_text
+from opd_megatron.reporting.trackers import Entry, TensorBoardTracker, Tracker
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and evals.jsonl and mirrors both to TensorBoard. Rank 0 alone owns one.
+    """Appends to metrics.jsonl and evals.jsonl and mirrors both to TensorBoard and to the other trackers. Rank 0 alone owns one.
 
     Training steps count from 1; an evaluation at step N saw the weights after N steps, so step 0 is before training.
     A crash after the last checkpoint leaves steps that will run again: records of `first_step` and later are dropped, as is a cut line.
+    What is left is offered to the other trackers first: each takes what it does not have.
     """
 
-    def __init__(self, run_directory: RunDirectory, *, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # torch costs seconds; readers of this module do without it
-
+    def __init__(self, run_directory: RunDirectory, *, first_step: int, trackers: Sequence[Tracker] = ()):
         self._metrics = _open_before(run_directory.metrics_path, first_step)
         self._evaluations = _open_before(run_directory.evals_path, first_step)
         # Of searches there may be none, and then no file.
         self._searches_path, self._first_step = run_directory.searches_path, first_step
         self._searches = _open_before(self._searches_path, first_step) if self._searches_path.exists() else None
-        self._tensorboard = SummaryWriter(str(run_directory.tensorboard), purge_step=first_step, flush_secs=10)
+        for entry in _recorded(run_directory) if trackers else ():
+            for tracker in trackers:
+                tracker.log(entry)
+        self._trackers: tuple[Tracker, ...] = (TensorBoardTracker(run_directory.tensorboard, first_step=first_step), *trackers)
 
     def log_step(self, metrics: Mapping[str, float | int]) -> None:
         """Append one training step; `step` is required, every other key is free."""
         _append(self._metrics, metrics)
-        for key, value in metrics.items():
-            if key != "step":
-                self._tensorboard.add_scalar(f"train/{key}", value, int(metrics["step"]))
+        self._track(_entry_of_step(metrics))
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
-        """Append one evaluation of the student or the teacher; its examples stay out of TensorBoard."""
+        """Append one evaluation of the student or the teacher; its examples stay out of the trackers."""
         _append(self._evaluations, record)
-        step, who = int(record["step"]), record["who"]
-        self._tensorboard.add_scalar(f"evaluation/{who}_accuracy", record["accuracy"], step)
-        for k, value in record.get("pass_at_k", {}).items():
-            self._tensorboard.add_scalar(f"evaluation/{who}_pass_at_{k}", value, step)
-        self._tensorboard.flush()
+        self._track(_entry_of_evaluation(record))
 
     def log_search(self, record: Mapping[str, Any]) -> None:
         """Append one search for extrapolated weights to effopd.jsonl; its numbers are in the metrics of its step as well."""
@@ -51,11 +48,17 @@ class MetricsWriter:
             self._searches = _open_before(self._searches_path, self._first_step)
         _append(self._searches, record)
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
+        """End the files, and tell the trackers how the run ended."""
         for file in (self._metrics, self._evaluations, self._searches):
             if file is not None:
                 file.close()
-        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.end(status)
+
+    def _track(self, entry: Entry) -> None:
+        for tracker in self._trackers:
+            tracker.log(entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,24 @@ def strict_json(value: Any) -> Any:
     return value
 
 
+def _entry_of_step(metrics: Mapping[str, Any]) -> Entry:
+    scalars = {f"train/{key}": value for key, value in metrics.items() if key != "step" and _is_number(value)}
+    return Entry(series="train", step=int(metrics["step"]), scalars=scalars)
+
+
+def _entry_of_evaluation(record: Mapping[str, Any]) -> Entry:
+    who = record["who"]
+    measures = {"accuracy": record.get("accuracy"), **{f"pass_at_{k}": value for k, value in (record.get("pass_at_k") or {}).items()}}
+    return Entry(series=who, step=int(record["step"]), scalars={f"evaluation/{who}_{key}": value for key, value in measures.items() if _is_number(value)})
+
+
+def _recorded(run: RunDirectory) -> list[Entry]:
+    """Return what the run has written so far, in the order in which it was measured."""
+    steps, evaluations = (_by_key(_read_records(path, [], ""), *keys) for path, keys in ((run.metrics_path, ("step",)), (run.evals_path, ("step", "who"))))
+    entries = [*map(_entry_of_step, steps), *(_entry_of_evaluation(record) for record in evaluations if isinstance(record.get("who"), str))]
+    return sorted(entries, key=lambda entry: entry.step)
+
+
 def _append(file: TextIO, record: Mapping[str, Any]) -> None:
     file.write(json.dumps(strict_json(record), allow_nan=False) + "\n")
     file.flush()
@@ -198,3 +219,7 @@ def _by_key(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -22,13 +22,23 @@ from opd_megatron.reporting.metrics import RunHistory
 
 RUN_COLORS = ("#2f6690", "#c8553d", "#4f8a5b", "#8a5a9e", "#c49a2c", "#3a9a9a", "#9c4a6e", "#6b6b6b")
 TEACHER_COLOR = "#3d3d3d"
+# Of one step and of what came before it; `train` is drawn whole where its parts were not measured.
 TIME_PARTS = (
     ("rollout_seconds", "rollout", "#2f6690"),
+    ("align_seconds", "alignment", "#7fb0cf"),
     ("teacher_seconds", "teacher", "#d98e48"),
+    ("weigh_seconds", "statistics", "#c49a2c"),
     ("train_seconds", "train", "#5f9a6b"),
+    ("forward_backward_seconds", "gradients", "#5f9a6b"),
+    ("optimizer_seconds", "optimizer", "#2f6d4a"),
     ("probe_seconds", "probe", "#8a5a9e"),
+    ("checkpoint_seconds", "checkpoint", "#9c4a6e"),
+    ("idle_seconds", "waiting", "#e8b4a8"),
     ("other_seconds", "other", "#c9ccd1"),
 )
+_BESIDE_THE_STEP = ("checkpoint_seconds",)
+# A part with a smaller share of the time is drawn as "other".
+_SMALL_PART = 0.01
 DIVERGENCE_LABELS = {
     "reverse_kl": "KL(student ‖ teacher), nats/token",
     "forward_kl": "KL(teacher ‖ student), nats/token",
@@ -101,6 +111,13 @@ _CURVES = (
     Curves(title="Positions that train", keys=("kept_fraction",), label="kept, % of response tokens", scale=100.0, hide_constant=1.0),
     Curves(title="Throughput", keys=("tokens_per_second",), label="tokens/s"),
     Curves(
+        title="Model FLOP utilization",
+        keys=("train_model_flop_utilization", "model_flop_utilization"),
+        label="% of the GPU's peak",
+        scale=100.0,
+        caption="of forward and backward; pale: of the whole step",
+    ),
+    Curves(
         title="Sampler drift",
         keys=("rollout_drift_mean", "rollout_drift_max"),
         label="|Δ logp|, nats",
@@ -168,7 +185,7 @@ def draw_accuracy(ax: Axes, histories: Sequence[RunHistory], over_time: bool = F
         )
     everything = [100 * value for value in teachers.values()] + [100 * r["accuracy"] for history in histories for r in history.evaluations_of("student")]
     if over_time:
-        ax.set_xlim(left=0)
+        ax.set_xlim(left=-0.02 * ax.get_xlim()[1])
         ax.set_xlabel("minutes in steps")
     else:
         _limit_steps(ax, histories)
@@ -183,13 +200,17 @@ def draw_accuracy(ax: Axes, histories: Sequence[RunHistory], over_time: bool = F
 def draw_curves(ax: Axes, histories: Sequence[RunHistory], curves: Curves) -> None:
     """Draw one quantity of every run; logarithmic where the values span decades and the quantity allows it."""
     smallest, largest = math.inf, -math.inf
+    drawn: list[tuple[str, list[int], list[float]]] = []
     for index, history in enumerate(histories):
         for key, alpha in zip(curves.keys, (1.0, 0.45), strict=False):
             steps, values = history.series(key)
             if not steps:
                 continue
             centers, means, lows, highs = _windows(np.array(steps), curves.scale * np.array(values, dtype=float))
-            ax.plot(centers, means, alpha=alpha, linewidth=1.5, color=_color(index), marker="o" if len(steps) == 1 else None, markersize=4)
+            # Where runs have equal curves, such as a learning rate, the first one shows through the gaps of the others.
+            style = (0, (4, 4)) if (key, steps, values) in drawn else "-"
+            drawn.append((key, steps, values))
+            ax.plot(centers, means, alpha=alpha, linewidth=1.5, linestyle=style, color=_color(index), marker="o" if len(steps) == 1 else None, markersize=4)
             if len(centers) < len(steps):
                 ax.fill_between(centers, lows, highs, color=_color(index), alpha=0.15, linewidth=0)
             smallest, largest = min(smallest, lows.min()), max(largest, highs.max())
@@ -221,7 +242,7 @@ def draw_time(ax: Axes, histories: Sequence[RunHistory]) -> None:
         _draw_time_bars(
             ax, [history.name for history in histories], [seconds.mean(axis=1) if steps.size else np.zeros(len(TIME_PARTS)) for steps, seconds in parts]
         )
-    ax.legend(ncols=len(TIME_PARTS), loc="upper right", borderaxespad=0.2, columnspacing=1.2, handlelength=1.0, handleheight=1.0)
+    ax.legend(ncols=4, loc="upper right", borderaxespad=0.2, columnspacing=1.2, handlelength=1.0, handleheight=1.0)
 
 
 def standard_error(record: dict[str, Any]) -> float:
@@ -257,7 +278,7 @@ def _draw_time_over_steps(ax: Axes, steps: np.ndarray, seconds: np.ndarray) -> N
             fontsize=8,
             color="#5f6368",
         )
-    ax.set_ylim(0, 1.25 * shown or 1)
+    ax.set_ylim(0, 1.4 * shown or 1)
     ax.set_ylabel("seconds per step")
 
 
@@ -282,9 +303,17 @@ def _time_parts(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
     columns = {key: dict(zip(*history.series(key), strict=True)) for key in [*keys, "step_seconds"]}
     steps = sorted(set().union(*columns.values()))
     seconds = np.array([[columns[key].get(step, 0.0) for step in steps] for key in keys]).reshape(len(keys), len(steps))
+    if columns["forward_backward_seconds"]:
+        # What else there is in it is little.
+        seconds[keys.index("train_seconds")] = 0
     if not columns["other_seconds"]:
         totals = np.array([columns["step_seconds"].get(step, 0.0) for step in steps])
-        seconds[-1] = np.clip(totals - seconds[:-1].sum(axis=0), 0, None)
+        inside = sum(row for key, row in zip(keys[:-1], seconds[:-1], strict=True) if key not in _BESIDE_THE_STEP)
+        seconds[-1] = np.clip(totals - inside, 0, None)
+    small = seconds.sum(axis=1) < _SMALL_PART * seconds.sum()
+    small[-1] = False
+    seconds[-1] += seconds[small].sum(axis=0)
+    seconds[small] = 0
     return np.array(steps), seconds
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -166,6 +167,11 @@ def _rows(histories: Sequence[RunHistory]) -> list[tuple[str, list[str]]]:
         ("Of it in probes for extrapolated weights", lambda h: _duration(h.probe_seconds())),
         ("Extrapolations accepted", _extrapolations),
         ("Time in evaluations", lambda h: _duration(sum(record.get("seconds") or 0 for record in h.evaluations))),
+        ("Time in which training stood still for checkpoints", lambda h: _duration(sum(h.series("checkpoint_seconds")[1]))),
+        ("Of the steps, waiting for slower ranks", lambda h: _percent(_ratio(sum(h.series("idle_seconds")[1]) or None, sum(h.series("step_seconds")[1])))),
+        ("Tokens per second and GPU, median", lambda h: _median(h, "tokens_per_second_per_gpu", ".4g")),
+        ("TFLOP/s and GPU in forward and backward, median", lambda h: _median(h, "train_tflops_per_gpu", ".3g")),
+        ("Model FLOP utilization of it", lambda h: _percent(median(values) if (values := h.series("train_model_flop_utilization")[1]) else None)),
         ("Response tokens trained on", lambda h: _count(sum(h.series("response_tokens")[1]))),
         ("Divergence, first → last tenth of steps", lambda h: _first_to_last(h, "divergence")),
         ("Loss, first → last tenth of steps", lambda h: _first_to_last(h, "loss")),
@@ -238,6 +244,11 @@ def _steps_done(history: RunHistory) -> str:
     wanted = history.setting("training.steps")
     done = history.steps[-1]["step"] if history.steps else 0
     return f"{done} of {wanted} steps" if wanted else f"{done} steps"
+
+
+def _median(history: RunHistory, key: str, form: str) -> str:
+    values = history.series(key)[1]
+    return f"{median(values):{form}}" if values else NOTHING
 
 
 def _first_to_last(history: RunHistory, key: str) -> str:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from opd_megatron.reporting.cause import attempt_file
+
+logger = logging.getLogger(__name__)
+
 Status = Literal["running", "finished", "interrupted", "crashed"]
 
 _ABSENT = object()
+
+
+def given_path(text: str) -> Path:
+    """Return a path of the command line (argparse's `type=`); an empty one, as of a variable that is not set, is no path."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; is a variable of your shell not set?")
+    return Path(text)
 
 
 class RunDirectory:
@@ -32,11 +45,14 @@ class RunDirectory:
         self.searches_path = self.path / "effopd.jsonl"
         self.shared_vocabulary = self.path / "shared_vocabulary.json"
         self.tensorboard = self.path / "tensorboard"
+        self.trackers = self.path / "trackers"
+        self.wandb = self.path / "wandb"
+        self.mlflow = self.path / "mlruns"
+        self.lock_path = self.path / "lock"
         self._lock: int | None = None
         # What `open` found: whether the folder held a run, its last status, and the size of its metrics.
         self._held_a_run = True
         self._status_before: Status | None = None
-        self._status_time: int | None = None
         self._metrics_before = 0
 
     def __repr__(self) -> str:
@@ -54,20 +70,39 @@ class RunDirectory:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._held_a_run, run._status_before, run._metrics_before = run.config_path.exists(), run.read_status(), run._metrics_bytes()
-            run._status_time = run.status_path.stat().st_mtime_ns if run.status_path.is_file() else None
-            if run.config_path.exists():
-                run._refuse_another_run(json.loads(description), may_change)
+            run.check(recipe=recipe, config=config, may_change=may_change)
             run._take_lock()
             replace_text(run.config_path, description)
         except OSError as error:
             raise ValueError(f"run directory {run.path} cannot be written: {error.strerror or error}; choose another --run-dir") from error
         return run
 
+    def check(self, *, recipe: str, config: Mapping[str, Any], may_change: Collection[str]) -> None:
+        """Raise ValueError where the folder belongs to another recipe or to another config; touches nothing."""
+        if self.config_path.exists():
+            # As it would be read back: lists for tuples.
+            self._refuse_another_run(json.loads(json.dumps({"recipe": recipe, "config": config})), may_change)
+
     def unlock(self) -> None:
         """Let another process open the folder; the end of this process does the same."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def is_in_use(self) -> bool:
+        """Return whether a job holds the folder now, as far as its file system knows locks."""
+        if not self.lock_path.is_file():
+            return False
+        lock = os.open(self.lock_path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(lock)
+        return False
 
     def _metrics_bytes(self) -> int:
         return self.metrics_path.stat().st_size if self.metrics_path.is_file() else 0
@@ -83,37 +118,40 @@ class RunDirectory:
         """
         if self._metrics_bytes() != self._metrics_before:
             return False
+        if (own := attempt_file("status")) is not None:
+            # The word that stays is an older attempt's.
+            own.unlink(missing_ok=True)
         if self._held_a_run:
-            self.write_status("crashed" if self._status_before in (None, "running") else self._status_before)
-            if self._status_time is not None:
-                # Whoever asks what became of this attempt sees that the word is older.
-                os.utime(self.status_path, ns=(self._status_time, self._status_time))
+            replace_text(self.status_path, ("crashed" if self._status_before in (None, "running") else self._status_before) + "\n")
             return True
         for file in (
-            *(self.config_path, self.status_path, self.metrics_path, self.evals_path),
+            *(self.config_path, self.status_path, self.metrics_path, self.evals_path, self.lock_path),
             *(self.shared_vocabulary, self.modules_path, self.searches_path),
         ):
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.tensorboard, ignore_errors=True)
+        for folder in (self.tensorboard, self.trackers, self.wandb, self.mlflow):
+            shutil.rmtree(folder, ignore_errors=True)
         return True
 
     def _take_lock(self) -> None:
-        """Hold the folder against a second job that would write into the same files."""
-        lock = os.open(self.path, os.O_RDONLY)
+        """Hold the folder against a second job that would write into the same files. The lock ends with its process; the file itself says nothing."""
+        # A file that is open for writing: NFS refuses this lock of a folder.
+        lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             raise ValueError(f"another job is running in {self.path}; wait for it, stop it, or use another --run-dir") from None
-        except OSError:
-            # A file system without locks; the user keeps jobs apart.
-            pass
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): keep other jobs out of it", self.path, error.strerror)
         self._lock = lock
 
     def write_status(self, word: Status) -> None:
-        """Replace the status in one move, so that a reader never sees half a word."""
+        """Replace the status in one move, so that a reader never sees half a word; a job script finds this attempt's own in the attempt's folder."""
         assert word in get_args(Status), f"status {word!r} is not one of {get_args(Status)}"
-        replace_text(self.status_path, word + "\n")
+        for file in (self.status_path, attempt_file("status")):
+            if file is not None:
+                replace_text(file, word + "\n")
 
     def read_status(self) -> Status | None:
         """Return the last status written, or None before the first or for a word that is no status."""

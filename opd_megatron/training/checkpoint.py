@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,27 +15,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.checkpoint_weights import ASSETS_FOLDER, CheckpointWeights
+from opd_megatron.models.damage import DAMAGE, damage_in
 from opd_megatron.models.hf_folder import copy_assets
-from opd_megatron.models.weights import ASSETS_FOLDER, DAMAGE, CheckpointWeights, damage_in
+from opd_megatron.models.origin import write_origin
 from opd_megatron.parallel.world import agreed_by_rank_0, shared_errors
 from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts
+from opd_megatron.training.background_write import BackgroundWrite
 from opd_megatron.training.checksums import damage_in_files, write_checksums
 from opd_megatron.training.effopd import EffOPD, Search
 from opd_megatron.training.kept_weights import loaded_beside, sharded_beside
-from opd_megatron.training.optimizer import has_finite_state, prime_adam, unshare_adam_step
+from opd_megatron.training.optimizer import has_finite_state, optimizer_state, prime_adam, unshare_adam_step
 from opd_megatron.training.student import Student
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_FILE = "progress.json"
-_REPLACED = ".replaced"
+_REPLACED, _PARTIAL = ".replaced", ".partial"
 # With teacher.staleness=1: the next step's samples, which the weights before this checkpoint's last update wrote.
 _AHEAD_FILE = "written_ahead.jsonl"
 # Optimizer state takes the shape of the parameters, so that any layout loads it; one tensor per layer keeps a reader's memory small.
@@ -82,6 +83,8 @@ class CheckpointFolder:
         self.path = path
         self.assets = assets
         self.keep = keep
+        # Under its last name, what is being written.
+        self._unpublished: tuple[Path, BackgroundWrite] | None = None
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint; one under construction has another name."""
@@ -112,42 +115,59 @@ class CheckpointFolder:
             raise ValueError(f"all checkpoints of {self.path} are damaged ({'; '.join(damaged)}); restore one, or move the run away and begin again")
         return None
 
-    def save(self, student: Student, progress: Progress, ahead: Rollouts | None = None, search: EffOPD | None = None) -> Path:
+    def save(self, student: Student, progress: Progress, ahead: Rollouts | None = None, search: EffOPD | None = None, *, in_background: bool = False) -> None:
         """Write `step_N`, with the samples that wait for the next step and EffOPD's anchor, then drop all but the newest `keep`.
 
-        ValueError on every rank if the disk does not take it; older ones stay.
+        With `in_background` it is copied, and appears in a later call of `publish` or of this. ValueError on every rank, there or here, if the disk does
+        not take it; older ones stay.
         """
-        final, partial = self.path / f"step_{progress.step}", self.path / f"step_{progress.step}.partial"
+        self.publish(wait=True)
+        final, partial = self.path / f"step_{progress.step}", self.path / f"step_{progress.step}{_PARTIAL}"
         needed_bytes = _checkpoint_bytes(student, search)
         with shared_errors():
             if dist.get_rank() == 0:
-                for unfinished in self.path.glob("step_*.partial"):
-                    shutil.rmtree(unfinished)
-                partial.mkdir(parents=True)
-                free_bytes = shutil.disk_usage(partial).free
-                if free_bytes < needed_bytes:
-                    partial.rmdir()
-                    raise ValueError(
-                        f"cannot write checkpoint {final}: it needs about {needed_bytes:,} bytes and {free_bytes:,} are free; {self._what_is_kept()}"
-                    )
-        # A synchronous save writes in this process; Megatron's default queue would start a manager process on every rank.
-        filesystem_async._results_queue = queue.Queue()
+                self._make_room(partial, needed_bytes)
+        with student.optimizer_on_device():
+            changes = _live_tensors(student, search) if in_background else []
+            writing = BackgroundWrite(_sharded_state(student, search, is_loading=False), partial, dict(_SHARDING), changes=changes)
+            self._unpublished = final, writing
+            with shared_errors():
+                if dist.get_rank() == 0:
+                    self._complete(partial, student, progress, ahead)
+            if not in_background:
+                self.publish(wait=True)
+
+    def publish(self, *, wait: bool) -> None:
+        """Give the checkpoint that is being written its name, once every rank has written it; every rank calls this. ValueError as for `save`."""
+        if self._unpublished is None:
+            return
+        final, writing = self._unpublished
+        if not wait and not writing.is_written_everywhere():
+            return
+        self._unpublished = None
+        partial = final.with_name(f"{final.name}{_PARTIAL}")
         try:
-            with student.optimizer_on_device():
-                dist_checkpointing.save(_sharded_state(student, search, is_loading=False), str(partial), content_metadata=dict(_SHARDING))
+            writing.finish()
+            write_checksums(partial, writing.digests)
+            with shared_errors():
+                if dist.get_rank() == 0:
+                    self._rename(partial, final)
         except CheckpointException as error:
             # Megatron-Core tells every rank when any of them could not write; the reason is known where it happened.
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"cannot write checkpoint {final}: {damage_in(error)}; {self._what_is_kept()}") from error
-        with shared_errors():
-            if dist.get_rank() == 0:
-                self._complete(partial, progress, ahead)
-        write_checksums(partial)
-        with shared_errors():
-            if dist.get_rank() == 0:
-                self._publish(partial, final)
-        return final
+
+    def _make_room(self, partial: Path, needed_bytes: int) -> None:
+        """Make the folder of a checkpoint under construction; ValueError if the disk will not hold it."""
+        for unfinished in self.path.glob(f"step_*{_PARTIAL}"):
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+        free_bytes = shutil.disk_usage(partial).free
+        if free_bytes < needed_bytes:
+            partial.rmdir()
+            final = partial.with_name(partial.name.removesuffix(_PARTIAL))
+            raise ValueError(f"cannot write checkpoint {final}: it needs about {needed_bytes:,} bytes and {free_bytes:,} are free; {self._what_is_kept()}")
 
     def load(self, student: Student, checkpoint: Path, progress: Progress, search: EffOPD | None = None) -> None:
         """Fill the student's weights and optimizer, and the search's anchor, with those of a checkpoint that was opened; ValueError if it is damaged."""
@@ -213,14 +233,15 @@ class CheckpointFolder:
         latest = self.latest()
         return f"{latest.name} is untouched: make room and start again to resume from it" if latest else "this run has no earlier checkpoint"
 
-    def _complete(self, partial: Path, progress: Progress, ahead: Rollouts | None) -> None:
+    def _complete(self, partial: Path, student: Student, progress: Progress, ahead: Rollouts | None) -> None:
         """Add what rank 0 writes alone."""
         copy_assets(self.assets, partial / ASSETS_FOLDER)
+        write_origin(partial, "training", layout=student.groups.layout.describe(), world_size=dist.get_world_size())
         if ahead is not None:
             record_rollouts(ahead, partial / _AHEAD_FILE)
         (partial / _PROGRESS_FILE).write_text(json.dumps(progress.to_json(), indent=2) + "\n")
 
-    def _publish(self, partial: Path, final: Path) -> None:
+    def _rename(self, partial: Path, final: Path) -> None:
         """Give a whole checkpoint its name, and drop the old ones."""
         # A search that was made after a resume saves its step again: until the new one is there, the old one is, under one name or another.
         replaced = final.with_name(final.name + _REPLACED)
@@ -242,7 +263,7 @@ class CheckpointFolder:
                 old.rename(final)
 
     def _steps(self) -> list[Path]:
-        found = [(int(name[1]), path) for path in self.path.glob("step_*") if (name := re.fullmatch(r"step_(\d+)", path.name))]
+        found = [(int(name[1]), path) for path in self.path.glob("step_*") if (name := re.fullmatch(r"step_(0|[1-9]\d*)", path.name)) and path.is_dir()]
         return [path for _, path in sorted(found)]
 
 
@@ -264,6 +285,13 @@ def _sharded_state(student: Student, search: EffOPD | None, *, is_loading: bool)
         state["anchor"] = sharded_beside(student.model, entries(), slices, "effopd_anchor.", only_copy=False)
     # What a rank has nothing of would look like a value that ranks disagree on.
     return {name: part for name, part in state.items() if part}
+
+
+def _live_tensors(student: Student, search: EffOPD | None) -> list[torch.Tensor]:
+    """Return what the steps after a save change of what it saves."""
+    average = student.average.tensors.values() if student.average is not None else ()
+    anchor = search.anchor.values() if search is not None else ()
+    return [*student.model.parameters(), *optimizer_state(student.optimizer), *average, *anchor]
 
 
 def _checkpoint_bytes(student: Student, search: EffOPD | None) -> int:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 
+from opd_megatron.config import TrackingConfig
 from opd_megatron.reporting.metrics import MetricsWriter
 from opd_megatron.reporting.progress import Progress
-from opd_megatron.reporting.run_directory import RunDirectory
+from opd_megatron.reporting.run_directory import RunDirectory, Status
+from opd_megatron.reporting.trackers import Background, MlflowTracker, Tracker, WandbTracker
 
 
 class Recorder:
     """Every rank has one and calls it alike."""
 
-    def __init__(self, directory: RunDirectory, *, first_step: int, total_steps: int) -> None:
+    def __init__(self, directory: RunDirectory, tracking: TrackingConfig, *, first_step: int, total_steps: int) -> None:
         self.directory = directory
         self._writer: MetricsWriter | None = None
         self._progress: Progress | None = None
         if dist.get_rank() == 0:
-            self._writer = MetricsWriter(directory, first_step=first_step)
             self._progress = Progress(total_steps, first_step)
+            self._writer = MetricsWriter(directory, first_step=first_step, trackers=self._trackers(tracking))
 
     def log_step(self, metrics: Mapping[str, float | int]) -> None:
         if self._writer is not None and self._progress is not None:
@@ -43,7 +46,20 @@ class Recorder:
         if self._progress is not None:
             self._progress.note(text)
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
+        """End what was opened, crash or not; trackers are told how the run ended."""
         if self._writer is not None and self._progress is not None:
-            self._writer.close()
+            self._writer.close(status)
             self._progress.close()
+
+    def _trackers(self, tracking: TrackingConfig) -> list[Tracker]:
+        name = tracking.run_name or self.directory.path.resolve().name
+        trackers: list[Tracker] = []
+        if tracking.wandb_project is not None:
+            wandb = WandbTracker(self.directory, run_name=name, project=tracking.wandb_project, entity=tracking.wandb_entity, mode=tracking.wandb_mode)
+            trackers.append(Background(wandb, self.directory.trackers / "wandb.json", self.note))
+        if tracking.mlflow_experiment is not None:
+            uri = tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+            mlflow = MlflowTracker(self.directory, run_name=name, experiment=tracking.mlflow_experiment, uri=uri)
+            trackers.append(Background(mlflow, self.directory.trackers / "mlflow.json", self.note))
+        return trackers

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
-
 import torch
 import torch.distributed as dist
 
-# Slurm sends TERM, or USR1 where asked to, ahead of a time limit or a preemption; HUP is a closed terminal, INT is Ctrl-C.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+from opd_megatron.training.stop_signals import StopSignals
 
 
 class StopRequest:
-    """Remembers a signal until the ranks ask together. A second Ctrl-C does not wait: it raises KeyboardInterrupt."""
+    """What the ranks make of the signals that came to any of them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, signals: StopSignals | None = None) -> None:
+        """`signals` are those of this process since its start; without them they count from now on."""
         self._device = device
-        self._received = False
-        for number in _SIGNALS:
-            # A job under nohup ignores HUP, and shall go on doing so.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self._received = True
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+        self._signals = signals or StopSignals()
 
     def agreed(self) -> bool:
         """Return, the same on every rank, whether any rank has been asked to stop."""
-        flag = torch.tensor([int(self._received)], device=self._device)
+        flag = torch.tensor([int(self._signals.received)], device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

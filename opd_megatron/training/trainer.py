@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptSet
-from opd_megatron.parallel.offload import peak_bytes, start_peak
 from opd_megatron.reporting.cause import leave_cause
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.training.alignment import ALIGNMENT_TROUBLES, AlignmentTrouble
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
+from opd_megatron.training.clock import StepClock, StragglerWatch
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Parts
@@ -27,6 +25,8 @@ from opd_megatron.training.student import LossSums
 from opd_megatron.training.watchdog import Watchdog
 
 _PHASES = ("rollout", "align", "teacher", "weigh", "train", "probe")
+# In which replicas do not wait for one another before the end.
+_INDEPENDENT_PHASES = ("rollout", "align", "teacher")
 
 
 class Trainer:
@@ -60,8 +60,9 @@ class Trainer:
         self.stop = stop
         self._writes_ahead = config.teacher is not None and config.teacher.staleness > 0 and self.teacher is not None
         self._ahead = self.align(ahead) if self._writes_ahead and ahead is not None else None
-        self._seconds = dict.fromkeys(_PHASES, 0.0)
-        self._peak_bytes = dict.fromkeys(_PHASES, 0)
+        self.clock = StepClock(_PHASES, parts.student.device)
+        self.throughput = parts.throughput
+        self._stragglers = StragglerWatch(_INDEPENDENT_PHASES)
         self._saved_step = progress.step
         self._watchdog = Watchdog(config.training.watchdog_seconds, dist.get_rank(), leave_cause)
         self._unsaid = list(ALIGNMENT_TROUBLES) if not config.alignment.is_identity else []
@@ -90,6 +91,8 @@ class Trainer:
             if self.progress.step < last_step and self._is_due(self.config.evaluation.every_steps):
                 self._evaluate()
         while self.progress.step < last_step:
+            with self.clock.between("checkpoint"):
+                self.checkpoints.publish(wait=False)
             if self.stop.agreed():
                 self._save()
                 return "interrupted"
@@ -101,8 +104,8 @@ class Trainer:
                 continue
             if step < last_step and self._is_due(self.config.evaluation.every_steps):
                 self._evaluate()
-            if self._is_due(self.config.checkpoint.every_steps):
-                self._save()
+            if step < last_step and self._is_due(self.config.checkpoint.every_steps):
+                self._save(in_background=self.config.checkpoint.in_background)
         self._save()
         if self._has_search_left():
             return "interrupted"
@@ -121,9 +124,8 @@ class Trainer:
         return answer is not None
 
     def step(self, step: int) -> dict[str, float | int]:
-        """One optimizer step; returns its metrics, equal on every rank."""
-        started = time.perf_counter()
-        self._seconds, self._peak_bytes = dict.fromkeys(_PHASES, 0.0), dict.fromkeys(_PHASES, 0)
+        """One optimizer step; returns its metrics, equal on every rank but for the step's own time and the rates made of it."""
+        self.clock.begin()
         rollouts = self._ahead or self._write(step)
         with self._measured("teacher"):
             teacher_rows = self.teacher.fetch() if self.teacher is not None else None
@@ -132,12 +134,12 @@ class Trainer:
         with self._measured("weigh"):
             micro_batches, weighing = self.importance.weigh(self.student, micro_batches, self.objective, step)
         with self._measured("train"):
-            sums, norm, updated = self.student.train_step(micro_batches, self.objective)
+            sums, norm, updated = self.student.train_step(micro_batches, self.objective, self.clock.part)
         self._advance(step, updated, sums, norm)
         metrics = self._metrics(rollouts, micro_batches.plan.num_positions, sums, norm)
         with self._measured("probe"):
             probing = self._probe(step)
-        return {"step": step, **metrics, **weighing, **probing, **self._costs(rollouts, time.perf_counter() - started)}
+        return {"step": step, **metrics, **weighing, **probing, **self._costs(rollouts, sums)}
 
     def _write(self, step: int) -> Rollouts:
         """Return a step's samples, written by the weights as they are; the teacher is asked for their scores."""
@@ -192,14 +194,12 @@ class Trainer:
             "payload_gathered_bytes_per_token": gathered_bytes / max(1, response_tokens),
         }
 
-    def _costs(self, rollouts: Rollouts, step_seconds: float) -> dict[str, float | int]:
-        """Return what the step took, by phase."""
-        return {
-            "tokens_per_second": sum(rollouts.num_tokens) / step_seconds,
-            **{f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()},
-            **{f"{phase}_peak_bytes": num_bytes for phase, num_bytes in self._peaks_of_all_ranks().items()},
-            "step_seconds": step_seconds,
-        }
+    def _costs(self, rollouts: Rollouts, sums: LossSums) -> dict[str, float | int]:
+        """Return where the step's time went, and how fast it was; a rank that keeps the others waiting is noted."""
+        times = self.clock.finish()
+        self._stragglers.notice(times, self.recorder.note)
+        rates = self.throughput.metrics(rollouts, sums.scored, times.seconds, times.step_seconds)
+        return {**rates, **times.metrics()}
 
     def _advance(self, step: int, updated: bool, sums: LossSums, norm: float) -> None:
         """Count the step; end the run when too many in a row changed nothing."""
@@ -207,7 +207,11 @@ class Trainer:
         self.progress = replace(self.progress, step=step, skipped_steps=self.progress.skipped_steps + (not updated), skipped_in_a_row=in_a_row)
         if not updated:
             self.recorder.note(f"step {step} changed nothing: {sums.tokens:.0f} tokens, loss sum {sums.loss}, gradient norm {norm}")
-        if in_a_row >= self.config.training.max_skipped_steps and sums.rows == 0:
+        if in_a_row < self.config.training.max_skipped_steps:
+            return
+        # All ranks end here: what is on its way to the disk arrives.
+        self.checkpoints.publish(wait=True)
+        if sums.rows == 0:
             importance = self.config.importance
             if not self.config.alignment.is_identity:
                 raise ValueError(
@@ -218,42 +222,35 @@ class Trainer:
                 f"{in_a_row} steps in a row were skipped because no token was left to train on: importance.rule={importance.rule} keeps none of responses as "
                 f"short as these at importance.ratio={importance.ratio}; raise it, or set importance.min_keep=1 or importance.select_scope=step"
             )
-        if in_a_row >= self.config.training.max_skipped_steps:
-            raise RuntimeError(
-                f"{in_a_row} steps in a row were skipped, the last with loss sum {sums.loss} and gradient norm {norm}; "
-                "lower training.learning_rate, or resume from an earlier checkpoint"
-            )
+        raise RuntimeError(
+            f"{in_a_row} steps in a row were skipped, the last with loss sum {sums.loss} and gradient norm {norm}; "
+            "lower training.learning_rate, or resume from an earlier checkpoint"
+        )
 
     def _evaluate(self) -> None:
         self._watchdog.begin(f"the evaluation after step {self.progress.step}")
-        self.evaluator.measure_student(self.progress.step)
+        with self.clock.between("evaluation"):
+            self.evaluator.measure_student(self.progress.step)
 
-    def _save(self) -> None:
-        if self._saved_step < self.progress.step:
-            self._watchdog.begin(f"the checkpoint of step {self.progress.step}")
-            self.checkpoints.save(self.student, self.progress, self._ahead, self.search)
-            self._saved_step = self.progress.step
+    def _save(self, *, in_background: bool = False) -> None:
+        """Have a checkpoint of this step, and of nothing older on its way; in the background, it may be on its way itself."""
+        self._watchdog.begin(f"the checkpoint of step {self.progress.step}")
+        with self.clock.between("checkpoint"):
+            if self._saved_step < self.progress.step:
+                self.checkpoints.save(self.student, self.progress, self._ahead, self.search, in_background=in_background)
+                self._saved_step = self.progress.step
+            elif not in_background:
+                self.checkpoints.publish(wait=True)
 
     def _is_due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.progress.step % every_steps == 0
 
     @contextmanager
     def _measured(self, phase: str) -> Iterator[None]:
-        """Add how long a phase took on this rank, and keep the most memory it had in use."""
+        """Have the clock and the watchdog see a phase."""
         self._watchdog.begin(f"the phase {phase!r} of step {self.progress.step + (phase != 'probe')}")
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        start_peak()
-        yield
-        torch.cuda.synchronize()
-        self._seconds[phase] += time.perf_counter() - started
-        self._peak_bytes[phase] = max(self._peak_bytes[phase], peak_bytes())
-
-    def _peaks_of_all_ranks(self) -> dict[str, int]:
-        """Return the largest peak of any rank, by phase."""
-        peaks = torch.tensor(list(self._peak_bytes.values()), dtype=torch.int64, device=self.student.device)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        return dict(zip(self._peak_bytes, peaks.tolist(), strict=True))
+        with self.clock.phase(phase):
+            yield
 
 
 def _clip_metrics(sums: LossSums) -> dict[str, float]:

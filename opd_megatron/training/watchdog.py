@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 # Where Python's threads do not get a turn any more, the interpreter's own timer writes the stacks and ends the process.
 _LATER_SECONDS = 30.0
+# A launcher kills all others when the first process leaves, and the ranks began what they do at not quite the same time: each waits for the others' stacks.
+_OTHERS_SECONDS = 5.0
 
 
 class Watchdog:
@@ -56,6 +58,8 @@ class Watchdog:
         sys.stdout.flush()
         print(f"rank {self._rank}: {message}; its threads stand at", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        time.sleep(_OTHERS_SECONDS)
         print(f"error: rank {self._rank}: {message}", file=sys.stderr, flush=True)
         self._leave(message)
         os._exit(1)

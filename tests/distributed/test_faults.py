@@ -175,6 +175,9 @@ MISTAKES = {
     "tokens without bytes": (["alignment.kind=strict", "teacher.hf={words}"], "the teacher's tokenizer cannot be aligned"),
     "nothing to grade": (["effopd.enabled=true", "data.prompts={unanswered}"], "set data.answer_key, or effopd.score=divergence, which needs no grader"),
     "fewer prompts than a search asks": (["effopd.enabled=true", "effopd.prompts=65"], "effopd.prompts=65 are more than the 64 training prompts"),
+    "a data set that is not there": (["data.prompts=/nowhere"], "data.prompts='/nowhere' does not exist"),
+    "more ranks than a machine has": (["--nproc-per-node", "1000000"], "--nproc-per-node 1000000 must be at least 1, and at most 256"),
+    "more ranks than there are": (["world_size=999999999"], "world_size=999999999 must be at least 1, and at most"),
     "adapter": (["student.hf={adapter}"], "holds an adapter (LoRA) and no model: merge it into its base model first"),
     "more than the vocabulary": (["loss.kind=topk_tail_forward", "loss.top_k=1000"], "exceeds the student's vocabulary"),
 }
@@ -302,14 +305,14 @@ def _on_full_disk(config: RunConfig, run: Path, noticed_before: bool) -> str:
     original_save, original_usage = CheckpointFolder.save, shutil.disk_usage
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(self: CheckpointFolder, student: object, progress: checkpoint.Progress, *further: object) -> Path:
+    def save(self: CheckpointFolder, student: object, progress: checkpoint.Progress, *further: object, in_background: bool = False) -> None:
         if progress.step == 2 and noticed_before:
             shutil.disk_usage = lambda _path: original_usage("/")._replace(free=1000)  # type: ignore[assignment]
         elif progress.step == 2 and dist.get_rank() == 1:
             # Files of this process and its writers may not grow beyond a few bytes: every write fails as on a full disk.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        return original_save(self, student, progress, *further)  # type: ignore[arg-type]
+        original_save(self, student, progress, *further, in_background=in_background)  # type: ignore[arg-type]
 
     CheckpointFolder.save = save  # type: ignore[method-assign, assignment]
     try:
@@ -397,6 +400,17 @@ def test_a_damaged_checkpoint_without_checksums_is_named_with_the_one_before(
         assert message.endswith("start again to resume from step_1")
     (run / "checkpoints" / "step_2").rename(run / "damaged")
     assert pool.run(run_job, config, run, world_size=2) == ["finished", "finished"]
+
+
+def test_what_is_no_checkpoint_is_passed_over(models: Path, two_checkpoints: Path, pool: RankPool, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", _config(models, steps=3)
+    shutil.copytree(two_checkpoints, run)
+    for name in ("step_9", "step_007", "step_x", "step_2 (copy)"):
+        (run / "checkpoints" / name).mkdir()
+    (run / "checkpoints" / "step_8").write_text("")
+    told = pool.run(_resume_and_listen, config, run, world_size=2)[0]
+    assert "step_9 is damaged: it is empty" in told
+    assert "step_2" in told.split("resumed from")[1].splitlines()[0]
 
 
 def _resume_and_listen(config: RunConfig, run: Path) -> str:

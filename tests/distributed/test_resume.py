@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from opd_megatron.config import CheckpointConfig, ParallelLayout, RunConfig
+from opd_megatron.models.origin import read_origin
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.training.optimizer import optimizer_state
 from opd_megatron.training.trainer import Trainer
@@ -47,6 +48,10 @@ def test_a_run_resumes_in_another_layout(models: Path, pool: RankPool, tmp_path:
     assert [step["step"] for step in parts] == [1, 2, 3, 4]
     for one, two in zip(whole, parts, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    # Each checkpoint says in which layout it was saved.
+    origins = [read_origin(tmp_path / run / "checkpoints" / step) for run, step in (("whole", "step_4"), ("parts", "step_3"), ("parts", "step_4"))]
+    layouts = [(origin["made_by"], origin["layout"], origin["world_size"]) for origin in origins if origin is not None]
+    assert layouts == [("training", "TP2xPP2", 4), ("training", "TP1xPP2xVPP2", 2), ("training", "TP1xPP1", 2)]
 
 
 def test_a_tied_student_in_stages_resumes_bit_for_bit_whatever_its_sizes(models: Path, pool: RankPool, tmp_path: Path) -> None:

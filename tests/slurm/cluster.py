@@ -48,6 +48,9 @@ MinJobAge=300
 FirstJobId={first_job}
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=16 RealMemory=20000 Gres=gpu:8 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=closed Nodes=ALL AllowAccounts=others MaxTime=INFINITE State=UP
+SlurmdTimeout={slurmd_timeout}
+EnforcePartLimits=ALL
 """
 
 
@@ -98,8 +101,8 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-def start_cluster(folder: Path, num_nodes: int = 2) -> Cluster:
-    """Start a Slurm of `num_nodes` nodes with 16 CPUs and 8 GPUs each, all on this machine."""
+def start_cluster(folder: Path, num_nodes: int = 2, *, slurmd_timeout: int = 300) -> Cluster:
+    """Start a Slurm of `num_nodes` nodes with 16 CPUs and 8 GPUs each, all on this machine. A node is lost that is silent for `slurmd_timeout` seconds."""
     host = socket.gethostname().split(".")[0]
     ports = _free_ports(num_nodes + 1)
     (folder / "state").mkdir(parents=True)
@@ -119,6 +122,7 @@ def start_cluster(folder: Path, num_nodes: int = 2) -> Cluster:
             nodes=f"n[1-{num_nodes}]",
             ports=",".join(map(str, ports[1:])),
             # Ports of jobs are made of their numbers: other Slurms of this machine shall have others.
+            slurmd_timeout=slurmd_timeout,
             first_job=1000 + os.getpid() % 8000,
         )
     )
@@ -134,7 +138,7 @@ def start_cluster(folder: Path, num_nodes: int = 2) -> Cluster:
         subprocess.run(["slurmd", "-N", node, "-f", str(conf)], check=True, timeout=30, env=cluster.environment)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if cluster.run("sinfo", "-h", "-N", "-o", "%T").stdout.split() == ["idle"] * num_nodes:
+        if cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").stdout.split() == ["idle"] * num_nodes:
             return cluster
         time.sleep(0.2)
     cluster.stop()

@@ -47,8 +47,11 @@ def test_the_chain_ends_with_a_folder_that_transformers_loads_and_its_accuracy(c
 
 def test_a_chain_stops_at_the_job_that_fails(cluster: Cluster, small_run: list[str], tmp_path: Path) -> None:
     student = next(word for word in small_run if word.startswith("student.hf=")).removeprefix("student.hf=")
-    arguments = ("quickstart", "--student", student, "--data", "nowhere.jsonl", "--run-dir", str(tmp_path / "out"), "--train", TRAIN, "--", "training.steps=0")
-    submitted = pipeline(cluster, *arguments)
+    prompts = next(word for word in small_run if word.startswith("data.prompts=")).removeprefix("data.prompts=")
+    words = [word for word in small_run if not word.startswith("student.hf=")]
+    # No prompt is as short as that, which only the run itself can see.
+    arguments = ("--student", student, "--data", prompts, "--run-dir", str(tmp_path / "out"), "--train", TRAIN, "--", *words, "data.max_prompt_tokens=3")
+    submitted = pipeline(cluster, "quickstart", *arguments)
     jobs = dict(line.split() for line in submitted.stdout.splitlines()[:4])
     facts = cluster.wait(int(jobs["train"]), "FAILED", "COMPLETED")
     assert facts["ExitCode"] == "2:0"
@@ -63,7 +66,31 @@ MISTAKES = {
     "old folder": (["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{old}"], "a pipeline begins with a new folder"),
     "unknown option": (["quickstart", "--nodes", "4"], "unknown option --nodes; KEY=VALUE words come after --"),
     "unknown partition": (
-        ["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", "--partition=nowhere"],
+        ["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", "--partition=nowhere -n 4"],
+        "sbatch refused the job 'train'; nothing was submitted",
+    ),
+    "no data file": (["quickstart", "--student", "{student}", "--data", "nowhere.jsonl", "--run-dir", "{new}"], "--data nowhere.jsonl is no file"),
+    "no ranks": (
+        ["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", "--nodes=2"],
+        "put --nodes=N --ntasks-per-node=G into it",
+    ),
+    "two students": (["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--", "student.hf=x"], "--student names the student"),
+    "bad override": (
+        ["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", TRAIN, "--", "training.steps=0"],
+        "training.steps=0 must be at least 1",
+    ),
+    "ranks that do not fit": (
+        ["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", "-N1 --ntasks-per-node=3"],
+        "world_size=3 is not a multiple",
+    ),
+    "unknown recipe": (["nosuch", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", TRAIN], "unknown recipe 'nosuch'"),
+    "unwritable": (["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "/proc/nowhere", "--train", TRAIN], "/proc/nowhere cannot be written"),
+    "more nodes than there are": (
+        ["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", "-N9 --ntasks-per-node 4"],
+        "sbatch refused the job 'train'; nothing was submitted",
+    ),
+    "account that may not": (
+        ["quickstart", "--student", "{student}", "--data", "x", "--run-dir", "{new}", "--train", "--partition=closed --ntasks=4"],
         "sbatch refused the job 'train'; nothing was submitted",
     ),
 }
@@ -78,3 +105,4 @@ def test_a_mistake_submits_nothing(cluster: Cluster, small_run: list[str], tmp_p
     assert message in submitted.stderr.splitlines()[-1]
     waiting = cluster.run("squeue", "--noheader", "--states=PENDING,RUNNING", "--name=opd-convert,opd-train,opd-export,opd-evaluate").stdout
     assert waiting.strip() == ""
+    assert not (tmp_path / "new").exists()

@@ -8,43 +8,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.programs import ROOT
 from tests.slurm.cluster import Cluster
-
-# As on a cluster of eight GPUs a node, of which the jobs here take two.
-SITE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=1:00:00")
-
-
-def submit(cluster: Cluster, run: Path, *words: str, site: tuple[str, ...] = SITE, **variables: str) -> int:
-    log = run.parent / f"{run.name}.log"
-    variables = {"OPD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
-    return cluster.submit(*site, f"--output={log}", "slurm/train.sbatch", "quickstart", "--run-dir", str(run), *words, cwd=ROOT, **variables)
-
-
-def wait_for_steps(run: Path, steps: int) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= steps:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"step {steps} was not reached: {log_of(run)}")
-
-
-def log_of(run: Path) -> str:
-    return (run.parent / f"{run.name}.log").read_text()
-
-
-def status_of(run: Path) -> str:
-    return (run / "status").read_text().strip()
+from tests.slurm.jobs import SITE, assert_same_weights, log_of, pid_of_rank, status_of, submit, wait_for_steps, weights_of_an_undisturbed_run
 
 
 @pytest.mark.slow
@@ -62,22 +34,7 @@ def test_a_preempted_job_is_queued_again_and_ends_with_the_weights_of_an_uninter
     assert os.readlink(run / "logs" / "latest") == "attempt_1"
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(1, 61))
 
-    command = [sys.executable, "-m", "recipes.run", "quickstart", "--nproc-per-node", "4", "--run-dir", str(tmp_path / "whole"), *small_run, *steps]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
-    preempted, whole = (load_file(folder / "hf" / "model.safetensors") for folder in (run, tmp_path / "whole"))
-    assert all(torch.equal(whole[name], preempted[name]) for name in whole)
-
-
-def pid_of_rank(run: Path, rank: int) -> int:
-    """Return the process of one rank of a job that runs in this folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:
-            continue
-        if str(run).encode() in words and b"python" in words[0] and f"SLURM_PROCID={rank}".encode() in variables:
-            return int(process.name)
-    raise AssertionError(f"rank {rank} of {run} is not running")
+    assert_same_weights(run, weights_of_an_undisturbed_run(tmp_path / "whole", *small_run, *steps))
 
 
 @pytest.mark.slow
@@ -125,7 +82,7 @@ def test_a_mistake_ends_the_job_with_2_and_its_reason_last(cluster: Cluster, sma
     site = (*SITE, f"--output={log}")
     environment = {"OPD_PYTHON": sys.executable, **{key: value for key, value in variables.items() if key != "run"}}
     job = cluster.submit(*site, "slurm/train.sbatch", "quickstart", "--run-dir", str(run), *small_run, *words, cwd=ROOT, **environment)
-    facts = cluster.wait(job, "COMPLETED", "FAILED", timeout=60)
+    facts = cluster.wait(job, "COMPLETED", "FAILED", timeout=180)
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), log.read_text()
     told = [line for line in log.read_text().splitlines() if not line.startswith("srun:")]
     assert message in told[-1]

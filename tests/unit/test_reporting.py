@@ -5,9 +5,12 @@ Not covered: how the report looks, and the bar on a terminal.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -18,9 +21,11 @@ import pytest
 
 from opd_megatron.losses.class_divergence import ALL_KINDS
 from opd_megatron.reporting import MetricsWriter, Progress, RunDirectory, read_history
+from opd_megatron.reporting.cause import leave_cause
 from opd_megatron.reporting.metrics import strict_json
 from opd_megatron.reporting.plots import DIVERGENCE_LABELS
 from opd_megatron.reporting.report import pair_examples, write_report
+from tools import report as report_program
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 CONFIG = {"seed": 1, "student": {"hf": "tiny", "layout": {"tensor": 1}}, "loss": {"kind": "reverse_kl"}, "training": {"steps": 12, "learning_rate": 1e-3}}
@@ -60,7 +65,7 @@ def write_run(path, num_steps=12, **more):
     for step in range(1, num_steps + 1):
         writer.log_step(step_metrics(step, **more))
     writer.log_evaluation(evaluation(num_steps, "student", 0.6, response=f"after {HOSTILE}"))
-    writer.close()
+    writer.close("finished")
     run.write_status("finished")
     return run
 
@@ -104,7 +109,7 @@ def test_a_new_folder_holds_the_recipe_and_its_config(tmp_path):
     run.write_status("running")
     run.write_status("interrupted")
     assert run.read_status() == "interrupted"
-    assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "status"], "atomic writes leave no drafts behind"
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "lock", "status"], "atomic writes leave no drafts behind"
 
 
 def test_a_key_that_may_change_is_taken_over(tmp_path):
@@ -123,19 +128,21 @@ def test_a_mistake_before_the_first_step_leaves_a_new_folder_open_for_its_correc
 
 
 @pytest.mark.parametrize(("before", "after"), [("finished", "finished"), ("interrupted", "interrupted"), ("running", "crashed"), (None, "crashed")])
-def test_a_mistake_takes_nothing_from_a_run_that_was_there(tmp_path, before, after):
+def test_a_mistake_takes_nothing_from_a_run_that_was_there(tmp_path, monkeypatch, before, after):
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
     first = open_run(tmp_path)
     first.metrics_path.write_text('{"step": 1}\n')
     if before is not None:
         first.write_status(before)
     first.unlock()
-    written = first.status_path.stat().st_mtime_ns if before is not None else None
+    monkeypatch.setenv("OPD_ATTEMPT_DIR", str(attempt))
     run = open_run(tmp_path)
     run.write_status("running")
+    assert (attempt / "status").read_text() == "running\n"
     assert run.step_back()
     assert run.read_status() == after
-    if written is not None:
-        assert run.status_path.stat().st_mtime_ns == written, "a script that waits for this attempt's word must not take the old one for it"
+    assert not (attempt / "status").exists(), "a script that asks for this attempt's word must not take the old one for it"
     assert run.metrics_path.read_text() == '{"step": 1}\n'
     run.metrics_path.write_text('{"step": 1}\n{"step": 2}\n')
     assert not run.step_back(), "after a step it is no longer a mistake of the start"
@@ -151,6 +158,36 @@ def test_a_folder_in_use_is_refused_until_its_job_is_done(tmp_path):
         open_run(tmp_path)
     first.unlock()
     open_run(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, caplog, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert open_run(tmp_path).config_path.exists()
+    assert "cannot be locked" in caplog.text
+    assert os.strerror(number) in caplog.text
+
+
+def test_the_lock_is_one_that_nfs_takes_and_a_dead_job_leaves_none(tmp_path):
+    """NFS wants a lock's file open for writing; what stays in the folder is an empty file."""
+    run = open_run(tmp_path)
+    assert fcntl.fcntl(run._lock, fcntl.F_GETFL) & os.O_RDWR
+    run.unlock()
+    assert run.lock_path.read_bytes() == b""
+    open_run(tmp_path)
+
+
+def test_the_first_rank_to_fail_leaves_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_ATTEMPT_DIR", str(tmp_path))
+    for rank in ("3", "1"):
+        monkeypatch.setenv("RANK", rank)
+        leave_cause("out of memory")
+    assert (tmp_path / "cause").read_text() == "rank 3: out of memory\n"
+    monkeypatch.setenv("OPD_ATTEMPT_DIR", str(tmp_path / "nowhere"))
+    leave_cause("out of memory")
 
 
 def test_tuples_and_lists_are_the_same_config(tmp_path):
@@ -195,7 +232,7 @@ def test_nonfinite_numbers_are_written_as_strict_json_with_a_note(tmp_path):
     writer = MetricsWriter(run, first_step=1)
     writer.log_step({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
     line = run.metrics_path.read_text()  # readable before close: each step is flushed
-    writer.close()
+    writer.close("finished")
     assert json.loads(line, parse_constant=pytest.fail) == {
         "step": 1,
         "loss": None,
@@ -214,7 +251,7 @@ def test_a_continued_run_repeats_no_step_and_survives_a_cut_line(tmp_path):
     writer = MetricsWriter(run, first_step=9)
     for step in (9, 10):
         writer.log_step({"step": step, "loss": -1.0})
-    writer.close()
+    writer.close("finished")
     records = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 11))
     assert [record["loss"] for record in records[8:]] == [-1.0, -1.0]
@@ -226,7 +263,7 @@ def test_a_whole_last_line_without_its_newline_is_kept_apart(tmp_path):
     run.metrics_path.write_text('{"step": 1}\n{"step": 2}')
     writer = MetricsWriter(run, first_step=3)
     writer.log_step({"step": 3})
-    writer.close()
+    writer.close("finished")
     assert run.metrics_path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
@@ -353,7 +390,7 @@ def test_accuracy_is_told_against_steps_and_against_time_with_the_probes_in_it(t
     writer.log_search({"step": 8, "accepted_k": 4, "num_responses": 150, "seconds": 5.0, "score": 0.5})
     # After a stop in it: the metrics of step 1 were written before.
     writer.log_search({"step": 1, "accepted_k": 1, "num_responses": 50, "seconds": 2.0, "score": 0.5})
-    writer.close()
+    writer.close("finished")
     run.write_status("finished")
     history = read_history(run.path)
     assert history.step_reaching(0.76) == 8
@@ -376,10 +413,26 @@ def test_searches_that_will_be_made_again_are_dropped(tmp_path):
         writer = MetricsWriter(run, first_step=first_step)
         for step in steps:
             writer.log_search({"step": step, "of": first_step})
-        writer.close()
+        writer.close("finished")
     assert [json.loads(line)["of"] for line in run.searches_path.read_text().splitlines()] == [1, 1, 3]
 
 
 def test_a_teacher_that_was_never_reached_is_said(tmp_path):
     text = write_report([write_run(tmp_path / "run").path], tmp_path / "report.html").read_text()
     assert "not reached" in text
+
+
+def test_a_comparison_leaves_the_reports_of_its_runs(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path / name) for name in ("first", "second"))
+    (first.path / "report.html").write_text("of one run")
+    assert report_program.main([str(first.path), str(second.path)]) == 0
+    assert (first.path / "report.html").read_text() == "of one run"
+    assert (first.path / "comparison" / "report.html").is_file()
+    assert (first.path / "comparison" / "plots" / "summary.png").is_file()
+
+
+def test_an_empty_path_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        report_program.main([""])
+    assert ended.value.code == 2
+    assert "the path is empty" in capsys.readouterr().err
