@@ -1,5 +1,6 @@
 """OPD-Megatron: on-policy distillation of language models on Megatron-Core."""
 
+import os
 import warnings
 
 __version__ = "0.1.0"
@@ -7,6 +8,8 @@ __version__ = "0.1.0"
 
 def import_megatron() -> None:
     """Import Megatron-Core, before anything else does: without warnings that no user can act on, and without torch's compiler where no GPU is.
+
+    From then on torch.load makes tensors and plain values only, whatever its caller asks for: a checkpoint may be somebody else's.
 
     Its decorators call torch.compile, which loads the compiler: a third of a process's start, and on the CPU none of what they decorate is called.
     Its own switch (`megatron.core.jit.disable_jit_fuser`) is inside what it is for; use that once it can be set before.
@@ -23,6 +26,9 @@ def import_megatron() -> None:
         "torch.distributed is disabled, unavailable or uninitialized.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # Containers set the second, and torch refuses to have both.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     import torch
 
     compiler = torch.compile

@@ -1,7 +1,7 @@
 """A teacher whose tokenizer is not the student's: tokens that both write (strict), and SimCT's units of text (arXiv 2605.07711).
 
-The `tiny_` ones are for two CPU ranks, on the quickstart's student and a teacher that writes pieces of words (`tiny_merged_teacher`). Those for GPUs take
-SimCT's settings to a pair of arXiv 2610.08448; SimCT's own students, Gemma-2 and Phi-4-mini, need architectures that are not read here yet.
+The `tiny_` ones are for two CPU ranks, on the quickstart's student and a teacher that writes pieces of words (`tiny_merged_teacher`). Those for GPUs are
+SimCT's own three pairs, and a pair of arXiv 2610.08448 with SimCT's settings.
 """
 
 from __future__ import annotations
@@ -77,3 +77,29 @@ def llama3_3b_from_qwen2p5_7b_8gpu_h100_strict() -> RunConfig:
 def llama3_3b_from_qwen2p5_7b_8gpu_h100_simct() -> RunConfig:
     """The same with SimCT's units, as in the paper."""
     return replace(llama3_3b_from_qwen2p5_7b_8gpu_h100_strict(), alignment=replace(paper_math(), eos="bridge"))
+
+
+def gemma2_2b_from_qwen2p5_7b_8gpu_h100_simct() -> RunConfig:
+    """Gemma-2-2B-IT from Qwen2.5-7B-Instruct, SimCT's first pair (arXiv 2605.07711, Table 1), one node: student TP2, teacher TP4."""
+    base = llama3_3b_from_qwen2p5_7b_8gpu_h100_simct()
+    return replace(base, student=replace(base.student, hf="models/gemma-2-2b-it"))
+
+
+def phi4_mini_from_qwen2p5_7b_8gpu_h100_simct() -> RunConfig:
+    """Phi-4-mini-instruct from Qwen2.5-7B-Instruct, SimCT's second pair: text of at most 4,096 tokens, beyond which Phi-4-mini has other frequencies."""
+    return _within_4096(replace(llama3_3b_from_qwen2p5_7b_8gpu_h100_simct(), student=_phi4_mini()))
+
+
+def gemma2_2b_from_phi4_mini_8gpu_h100_simct() -> RunConfig:
+    """Gemma-2-2B-IT from Phi-4-mini-instruct, SimCT's third pair: the teacher reads at most 4,096 tokens."""
+    base = _within_4096(gemma2_2b_from_qwen2p5_7b_8gpu_h100_simct())
+    return replace(base, teacher=TeacherConfig(hf="models/Phi-4-mini-instruct", layout=ParallelLayout(tensor=4), micro_batch=2))
+
+
+def _phi4_mini() -> StudentConfig:
+    return StudentConfig(hf="models/Phi-4-mini-instruct", layout=ParallelLayout(tensor=2, sequence=True))
+
+
+def _within_4096(config: RunConfig) -> RunConfig:
+    """Leave room for the prompt in 4,096 tokens, in either tokenizer."""
+    return replace(config, data=replace(config.data, max_prompt_tokens=768), rollout=replace(config.rollout, max_response_tokens=2560))

@@ -20,11 +20,15 @@ from opd_megatron.losses.full_divergence import FULL_KINDS
 from opd_megatron.losses.triton_divergence import launch_options
 
 NUM_COLUMNS = 151_936
-TYPES = {"student": "*fp32", "teacher": "*fp32", "norms": "*fp32", "out": "*fp32", "share": "fp32", "clip": "fp32", "num_rows": "i32", "num_columns": "i32"}
+TYPES = {
+    **dict.fromkeys(("student", "teacher", "norms", "out", "product", "damping"), "*fp32"),
+    **dict.fromkeys(("share", "clip", "softcap", "largest"), "fp32"),
+    **dict.fromkeys(("num_rows", "num_columns"), "i32"),
+}
 
 
 def main(capability: int) -> None:
-    variants = [("row_statistics_kernel", "", False)]
+    variants = [("soft_cap_kernel", "", False), ("row_statistics_kernel", "", False)]
     variants += [(kernel, kind, clipped) for kernel, kind, clipped in itertools.product(("term_sums_kernel", "gradient_kernel"), FULL_KINDS, (False, True))]
     for name, kind, clipped in variants:
         compiled = _compile(getattr(triton_kernels, name), {"KIND": kind, "CLIPPED": clipped}, capability)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from opd_megatron.models.architecture import Architecture, parse_architecture
+from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.hf_config import parse_architecture
 
 SIZES = {
     "hidden_size": 64,
@@ -23,12 +24,16 @@ SIZES = {
     "hidden_act": "silu",
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM"}
+FAMILIES = {
+    **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"},
+    **{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gemma2": "Gemma2ForCausalLM", "phi3": "Phi3ForCausalLM"},
+}
+_OWN_WORDS = {"gemma2": {"hidden_act": ..., "hidden_activation": "gelu_pytorch_tanh"}}
 
 
 def config_of(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """A config.json; a change to `...` removes the field."""
-    config = {"architectures": [FAMILIES[family]], **SIZES, **changes}
+    config = {"architectures": [FAMILIES[family]], **SIZES, **_OWN_WORDS.get(family, {}), **changes}
     return {key: value for key, value in config.items() if value is not ...}
 
 

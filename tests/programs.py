@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing import get_context
+import time
+from multiprocessing import connection, get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_program(module: str, *words: object, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Return what `main()` of a module printed and returned, called with `words` on its command line; with several `ranks`, of all that torchrun would start.
+class Program:
+    """`main()` of a module with `words` on its command line, in a process, or with several `ranks` in all that torchrun would start. It runs from here on."""
 
-    The exit code is that of the first rank that failed, else 0.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
-    with tempfile.TemporaryDirectory(prefix="opd-program-") as folder:
-        (stdout, stderr) = (Path(folder) / name for name in ("stdout", "stderr"))
+    def __init__(self, module: str, *words: object, ranks: int = 1) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
+        self._folder = tempfile.TemporaryDirectory(prefix="opd-program-")
+        self.stdout, self.stderr = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
+        self.command = [module, *map(str, words)]
         environments = [{}] if ranks == 1 else _rank_environments(ranks)
-        command = [module, *map(str, words)]
-        processes = [context.Process(target=_call_main, args=(command, environment, stdout, stderr)) for environment in environments]
-        for process in processes:
+        self.processes = [context.Process(target=_call_main, args=(self.command, environment, self.stdout, self.stderr)) for environment in environments]
+        for process in self.processes:
             process.start()
-        for process in processes:
-            process.join(timeout)
-        late = [process for process in processes if process.exitcode is None]
+
+    def send(self, number: int, rank: int) -> None:
+        """Send a signal to one rank, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.processes[rank].pid, number)
+
+    def end_survivors(self, after: float) -> int:
+        """Do as a launcher does: once a rank has ended, kill those that still run `after` seconds later, and return their number."""
+        connection.wait([process.sentinel for process in self.processes])
+        return self._kill_late(after)
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Return what was printed and the exit code: that of the first rank that failed, else 0. AssertionError, and no process left, if they take longer."""
+        late = self._kill_late(timeout)
+        printed = [file.read_text() if file.exists() else "" for file in (self.stdout, self.stderr)]
+        self._folder.cleanup()
+        assert not late, f"{self.command} did not end within {timeout} seconds: {printed[1]}"
+        failed = [process.exitcode for process in self.processes if process.exitcode]
+        return subprocess.CompletedProcess(self.command, failed[0] if failed else 0, *printed)
+
+    def _kill_late(self, seconds: float) -> int:
+        """Kill what still runs after this time; return how many they were."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in self.processes if process.exitcode is None]
         for process in late:
             process.kill()
             process.join()
-        assert not late, f"{command} did not end within {timeout} seconds: {stderr.read_text()}"
-        failed = [process.exitcode for process in processes if process.exitcode]
-        return subprocess.CompletedProcess(command, failed[0] if failed else 0, stdout.read_text(), stderr.read_text())
+        return len(late)
+
+
+def run_program(module: str, *words: object, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Return what a `Program` printed and its exit code."""
+    return Program(module, *words, ranks=ranks).wait(timeout)
 
 
 def _rank_environments(ranks: int) -> list[dict[str, str]]:

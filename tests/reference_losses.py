@@ -64,6 +64,11 @@ def naive_summands(student_logits_TV, teacher_logits_TV, *, kind, beta=0.5, alph
     return p * (log_p - log_q)
 
 
+def soft_capped(product_TV, softcap):
+    """Return the logits of an LM head's product in a model that caps them, as Gemma 2 does; None caps nothing."""
+    return product_TV if softcap is None else softcap * torch.tanh(product_TV / softcap)
+
+
 def class_logp(logp_TV, ids_TK, *, tail):
     """Return the log-probabilities of the picked ids and of all others together, or of the picked ids among themselves."""
     picked = logp_TV.gather(1, ids_TK)

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from tests.reference_losses import soft_capped
+
 
 def naive_simct(
     student_TV,
@@ -145,11 +147,12 @@ def vocabulary_of(case, eos=None):
     return SharedVocabulary(student_ids, teacher_ids, len(student_head), len(teacher_head), **ends)
 
 
-def exact(case, *, weight_N=None, loss=naive_simct, temperature=1.0, **options):
-    """Return losses, and the weighted sum's gradients of the student's hidden states and head, in fp64."""
+def exact(case, *, weight_N=None, loss=naive_simct, temperature=1.0, softcaps=(None, None), **options):
+    """Return losses, and the weighted sum's gradients of the student's hidden states and head, in fp64; `softcaps` are those of both models."""
     (hidden, head, teacher_hidden, teacher_head), units, student_ids, teacher_ids, pairs, has_column = case
     hidden, head = hidden.double().clone().requires_grad_(), head.double().clone().requires_grad_()
-    logits = hidden @ head.T / temperature, teacher_hidden.double() @ teacher_head.double().T / temperature
+    products = hidden @ head.T, teacher_hidden.double() @ teacher_head.double().T
+    logits = [soft_capped(product, softcap) / temperature for product, softcap in zip(products, softcaps, strict=True)]
     if loss is naive_simct:
         loss_N = naive_simct(*logits, units, student_ids, teacher_ids, pairs, has_column=has_column, **options)
     else:

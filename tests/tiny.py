@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -27,6 +33,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# As in Phi-4-mini: 12 of 16 dimensions are rotated, each frequency is divided by a number of its own, and more than 128 positions would have other numbers.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.25, 1.4, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 128,
+}
 _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     # A head dimension that is not hidden / heads.
@@ -38,6 +53,18 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+    # Windows shorter than the texts of tests.
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 24, "sliding_window": 12}),
+    # Caps that scores and logits of these random weights come near, and a scale that is not a head's.
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            **{"head_dim": 24, "sliding_window": 12, "query_pre_attn_scalar": 20, "hidden_activation": "gelu_pytorch_tanh"},
+            **{"attn_logit_softcapping": 0.3, "final_logit_softcapping": 4.0},
+        },
+    ),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
 }
 
 
@@ -53,7 +80,7 @@ def write_tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.uniform_(-0.5, 0.5).add_(0.0 if name.endswith("bias") else 1.0)
+                parameter.uniform_(-0.5, 0.5).add_(0.0 if name.endswith("bias") or family == "gemma2" else 1.0)
             else:
                 parameter.mul_(3.0 * scale)
     model.save_pretrained(folder)

@@ -22,7 +22,7 @@ from opd_megatron.config import DataConfig, ImportanceConfig, ParallelLayout, Ru
 from opd_megatron.data.batches import Sample
 from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics, fused_head_divergence, token_statistics
 from opd_megatron.losses.token_importance import SelectionRule, token_selection
-from opd_megatron.models.architecture import parse_architecture
+from opd_megatron.models.hf_config import parse_architecture
 from opd_megatron.models.weight_map import EMBEDDING, HEAD, MappedTensor
 from opd_megatron.parallel.groups import student_groups
 from opd_megatron.parallel.offload import peak_bytes, start_peak

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from opd_megatron.reporting.run_directory import given_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="the HTML file; default: report.html in the first RUN_DIR")
+    parser.add_argument("run_dirs", nargs="+", type=given_path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=given_path, help="the HTML file; default: report.html in RUN_DIR, of several runs comparison/report.html in the first")
     options = parser.parse_args(arguments)
 
     from opd_megatron.reporting.report import write_report
 
     try:
-        out = write_report(options.run_dirs, options.out or options.run_dirs[0] / "report.html")
+        # The first run's own report stays.
+        folder = options.run_dirs[0] if len(options.run_dirs) == 1 else options.run_dirs[0] / "comparison"
+        out = write_report(options.run_dirs, options.out or folder / "report.html")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

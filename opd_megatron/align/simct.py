@@ -31,8 +31,8 @@ from opd_megatron.align.rows import PairedShard, UnitRows
 from opd_megatron.align.sides import Columns, Positions, Reduced, Side, reduce_sides
 from opd_megatron.losses.chunk_objectives import ChunkLoss, chunk_softmax
 from opd_megatron.losses.class_divergence import top_ids
-from opd_megatron.losses.divergences import require_temperature
 from opd_megatron.losses.fused_head import FusedDivergence, fused_head
+from opd_megatron.losses.logit_scaling import LogitScaling, logit_scalings
 from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, entropy, local_ids, picked_logp, require_same, token_chunks, vocab_shard
 
 
@@ -80,6 +80,8 @@ def simct_divergence(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     accumulate_main_grad: bool = False,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> FusedDivergence:
     """Return sum_n weight_n loss_n over the units, differentiable in the student's hidden states and head; per-row values stand at each unit's first position.
 
@@ -89,14 +91,14 @@ def simct_divergence(
     `eos_mass`, at the ends of responses, that to end there; `covered`, 1 for a row with a loss. NaN at other positions.
     ValueError for arguments that disagree.
     """
-    require_temperature(temperature)
+    scaling, teacher_scaling = logit_scalings(temperature, student_softcap, teacher_softcap)
     scoring = scoring or Scoring()
     for name, count, positions in (("student", len(rows.student_ids_T), student_hidden_TH), ("teacher", len(rows.teacher_ids_U), teacher_hidden_UG)):
         require_same("positions", f"{name}_hidden", positions.size(0), f"rows.{name}_ids", count)
     require_same("rows", "teacher_head_CG", teacher_head_CG.size(0), "shard.teacher_ids_C", len(shard.teacher_ids_C))
     weight_N = rows.has_column_N.new_ones(len(rows), dtype=torch.float32) if unit_weight_N is None else unit_weight_N
     require_same("shapes", "unit_weight_N", tuple(weight_N.shape), "rows", (len(rows),))
-    objective = AlignedObjective(teacher_hidden_UG.detach(), teacher_head_CG.detach(), rows, shard, scoring, temperature)
+    objective = AlignedObjective(teacher_hidden_UG.detach(), teacher_head_CG.detach(), rows, shard, scoring, teacher_scaling)
     own = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=shard.student_size)
     return fused_head(
         student_hidden_TH,
@@ -104,7 +106,7 @@ def simct_divergence(
         objective,
         own,
         weight_N.detach()[rows.unit_of_T],
-        temperature,
+        scaling,
         chunk_tokens,
         {"sampled_ids_T": rows.student_ids_T},
         accumulate_main_grad,
@@ -127,7 +129,7 @@ class AlignedObjective:
     rows: UnitRows
     shard: PairedShard
     scoring: Scoring
-    temperature: float
+    teacher_scaling: LogitScaling
     observes: tuple[str, ...] = ("shared_mass", "eos_mass", "covered")
     _chunks: dict[int, _Chunk] = field(default_factory=dict)
 
@@ -146,8 +148,8 @@ class AlignedObjective:
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         chunk, dtype = self._chunks[rows.start], student.logp_TW.dtype
-        their_shard = VocabShard(0, self.teacher_head_CG.size(0), shard.tp_group)
-        teacher = chunk_softmax("teacher", self.teacher_hidden_UG[chunk.teacher], self.teacher_head_CG, their_shard, self.temperature, dtype, student.scratch)
+        their_shard, hidden_uG = VocabShard(0, self.teacher_head_CG.size(0), shard.tp_group), self.teacher_hidden_UG[chunk.teacher]
+        teacher = chunk_softmax("teacher", hidden_uG, self.teacher_head_CG, their_shard, self.teacher_scaling, dtype, student.scratch)
         ours, theirs = self._student_side(student, chunk, rows, shard), self._teacher_side(teacher, chunk)
         self._mask_(ours, theirs, shard)
         sums, their_sums, (cross_N, moment_n, owners_n) = reduce_sides(ours, theirs, shard, self.scoring.kind)

@@ -20,6 +20,7 @@ from opd_megatron.align.rows import PairedShard, UnitRows
 from opd_megatron.losses.chunk_objectives import ChunkLoss, chunk_softmax
 from opd_megatron.losses.class_divergence import top_ids
 from opd_megatron.losses.fused_head import FusedDivergence, fused_head
+from opd_megatron.losses.logit_scaling import LogitScaling, logit_scalings
 from opd_megatron.losses.vocab_parallel import ShardSoftmax, VocabShard, entropy, local_ids, picked_logp, token_chunks, vocab_shard
 
 
@@ -37,18 +38,21 @@ def uld_divergence(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     accumulate_main_grad: bool = False,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> FusedDivergence:
     """Return the weighted sum of ULD's distance over units of one token each; arguments as in `simct_divergence`, five collectives per chunk.
 
     `top_k` is how many of the highest probabilities are compared rank by rank; 0 compares all. ValueError for units of several tokens.
     """
+    scaling, teacher_scaling = logit_scalings(temperature, student_softcap, teacher_softcap)
     if len(rows.student_ids_T) != len(rows) or len(rows.teacher_ids_U) != len(rows):
         raise ValueError("ULD compares position by position: every unit must be one token of each model")
     own = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=shard.student_size)
     num_ranks = top_k or max(shard.student_size, len(shard.teacher_column_V))
-    objective = UniversalObjective(teacher_hidden_TG.detach(), teacher_head_CG.detach(), num_ranks, shard, temperature, rows.student_ids_T)
+    objective = UniversalObjective(teacher_hidden_TG.detach(), teacher_head_CG.detach(), num_ranks, shard, teacher_scaling, rows.student_ids_T)
     ids = {"sampled_ids_T": rows.student_ids_T}
-    return fused_head(student_hidden_TH, student_head_WH, objective, own, unit_weight_N, temperature, chunk_tokens, ids, accumulate_main_grad)
+    return fused_head(student_hidden_TH, student_head_WH, objective, own, unit_weight_N, scaling, chunk_tokens, ids, accumulate_main_grad)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class UniversalObjective:
     teacher_head_CG: torch.Tensor
     num_ranks: int
     shard: PairedShard
-    temperature: float
+    teacher_scaling: LogitScaling
     sampled_ids_T: torch.Tensor
     observes: ClassVar[tuple[str, ...]] = ("covered",)
 
@@ -70,7 +74,7 @@ class UniversalObjective:
         # The teacher's rows are dealt out in another order; ranks are all that is compared.
         their_shard = VocabShard(0, self.teacher_head_CG.size(0), shard.tp_group)
         dtype = student.logp_TW.dtype
-        teacher = chunk_softmax("teacher", self.teacher_hidden_TG[rows], self.teacher_head_CG, their_shard, self.temperature, dtype, student.scratch)
+        teacher = chunk_softmax("teacher", self.teacher_hidden_TG[rows], self.teacher_head_CG, their_shard, self.teacher_scaling, dtype, student.scratch)
         ids_NK = top_ids(student.logp_TW, self.num_ranks, shard)
         student_max_N, teacher_max_N = shard.max(student.local_max(), teacher.local_max())
         student.shift_(student_max_N)

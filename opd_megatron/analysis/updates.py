@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from opd_megatron.config import RunConfig, from_json
+from opd_megatron.models.checkpoint_weights import CheckpointWeights
 from opd_megatron.models.gpt import DTYPES
 from opd_megatron.models.weight_map import MappedTensor
 from opd_megatron.models.weight_slices import to_hf
-from opd_megatron.models.weights import CheckpointWeights, WeightSource, open_weights
+from opd_megatron.models.weights import WeightSource, open_weights
 from opd_megatron.reporting.run_directory import RunDirectory
 
 # The early checkpoint is the one nearest to this share of the run, as in the paper.

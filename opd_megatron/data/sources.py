@@ -29,6 +29,8 @@ def check_source(source: str, key: str = "data.prompts") -> None:
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             raise ValueError(f"{key}={source!r} does not exist: there is no such file (working directory {Path.cwd()}); check the path")
+    elif (path.is_absolute() or source.startswith(".")) and not path.exists():
+        raise ValueError(f"{key}={source!r} does not exist; check the path (a dataset of the Hugging Face hub is named OWNER/NAME)")
     elif path.is_file() or path.suffix in _OTHER_SUFFIXES:
         raise ValueError(f"{key}={source!r}: this kind of file is not read; convert it to .jsonl or .parquet")
 

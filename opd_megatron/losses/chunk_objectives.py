@@ -23,6 +23,7 @@ from opd_megatron.losses.full_divergence import (
     shift_to_max_,
 )
 from opd_megatron.losses.head_products import head_logits
+from opd_megatron.losses.logit_scaling import LogitScaling
 from opd_megatron.losses.vocab_parallel import Scratch, ShardSoftmax, VocabShard, entropy, local_ids, picked_logp, token_chunks
 
 
@@ -37,7 +38,10 @@ class ChunkLoss(NamedTuple):
 
 
 class ChunkObjective(Protocol):
-    """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits, times `scale_N`; None without it."""
+    """A loss over one chunk of student logits, which it may overwrite. `grad_NW` is with respect to these logits, times `scale_N`; None without it.
+
+    The logits are those after soft-cap and temperature. The caller, which may overwrite `grad_NW`, brings the gradient to the LM head's product.
+    """
 
     @property
     def observes(self) -> tuple[str, ...]:
@@ -58,7 +62,7 @@ class DivergenceObjective:
     teacher_hidden_TG: torch.Tensor
     teacher_head_WG: torch.Tensor
     divergence: Divergence | ClassDivergence
-    temperature: float
+    teacher_scaling: LogitScaling
     sampled_ids_T: torch.Tensor | None
 
     @property
@@ -69,7 +73,7 @@ class DivergenceObjective:
 
     def __call__(self, student: ShardSoftmax, rows: slice, shard: VocabShard, scale_N: torch.Tensor | None) -> ChunkLoss:
         dtype = student.logp_TW.dtype
-        teacher = chunk_softmax("teacher", self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.temperature, dtype, student.scratch)
+        teacher = chunk_softmax("teacher", self.teacher_hidden_TG[rows], self.teacher_head_WG, shard, self.teacher_scaling, dtype, student.scratch)
         if isinstance(self.divergence, ClassDivergence):
             return self._over_classes(self.divergence, student, teacher, rows, shard, scale_N)
         if triton_divergence.usable_for(student.logp_TW):
@@ -187,9 +191,21 @@ def _statistics_from(
 
 
 def chunk_softmax(
-    model: str, hidden_NH: torch.Tensor, head_WH: torch.Tensor, shard: VocabShard, temperature: float, dtype: torch.dtype, scratch: Scratch
+    model: str,
+    hidden_NH: torch.Tensor,
+    head_WH: torch.Tensor,
+    shard: VocabShard,
+    scaling: LogitScaling,
+    dtype: torch.dtype,
+    scratch: Scratch,
+    *,
+    keep_damping: bool = False,
 ) -> ShardSoftmax:
-    """Return the softmax, not started, of the real columns of one chunk's logits, in memory that both models' chunks share."""
+    """Return the softmax, not started, of the real columns of one chunk's logits, in memory that both models' chunks share.
+
+    With `keep_damping` and a soft-cap it has its `damping_TW`, one more tensor of the logits' size.
+    """
     room_NW = scratch.take(f"logits {model}", hidden_NH.size(0), shard.width, dtype, hidden_NH.device)
     logits_NW = head_logits(hidden_NH, head_WH[: shard.width], dtype, room_NW)
-    return ShardSoftmax(logits_NW if temperature == 1 else logits_NW.div_(temperature), scratch, model)
+    damping_NW = scratch.like(f"damping {model}", logits_NW) if keep_damping and scaling.softcap is not None else None
+    return ShardSoftmax(scaling.apply_(logits_NW, damping_NW), scratch, model, damping_NW)

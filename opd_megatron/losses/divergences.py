@@ -3,7 +3,6 @@
 Shapes: T tokens, W = this rank's slice of the vocabulary. Formulas: `full_divergence` and `class_divergence`.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.class_divergence import ALL_KINDS, SAMPLED_KINDS, TOP_K_KINDS, ClassChunk, ClassDivergence, cut_out_
 from opd_megatron.losses.full_divergence import FULL_KINDS, ChunkDivergence, Divergence
+from opd_megatron.losses.logit_scaling import require_temperature
 from opd_megatron.losses.vocab_parallel import CHUNK_MIN_TOKENS, ShardSoftmax, VocabShard, compute_dtype, require_ids, require_same, token_chunks, vocab_shard
 
 
@@ -113,12 +113,6 @@ class _ClassDivergence(torch.autograd.Function):
 def _chunk_softmax(logits_TW: torch.Tensor, shard: VocabShard, temperature: float) -> ShardSoftmax:
     """Return the softmax, not started, of the real columns of some rows: on a copy, in the arithmetic's dtype."""
     return ShardSoftmax(logits_TW[:, : shard.width].to(compute_dtype(logits_TW), copy=True).div_(temperature))
-
-
-def require_temperature(temperature: float) -> None:
-    """Raise ValueError unless the temperature is positive and finite."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be positive and finite")
 
 
 def make_divergence(

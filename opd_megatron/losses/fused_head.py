@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.chunk_objectives import ChunkObjective, CrossEntropyObjective, DivergenceObjective, chunk_softmax, chunk_statistics
-from opd_megatron.losses.divergences import make_divergence, require_temperature
+from opd_megatron.losses.divergences import make_divergence
 from opd_megatron.losses.head_products import add_head_gradient_, hidden_gradient
+from opd_megatron.losses.logit_scaling import LogitScaling, logit_scalings
 from opd_megatron.losses.vocab_parallel import Scratch, VocabShard, compute_dtype, require_ids, require_same, token_chunks, vocab_shard
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -61,7 +62,7 @@ class _FusedHead(torch.autograd.Function):
         weight_T: torch.Tensor,
         objective: ChunkObjective,
         shard: VocabShard,
-        temperature: float,
+        scaling: LogitScaling,
         chunk_tokens: int | None,
         grad_enabled: bool,
         accumulate_main_grad: bool,
@@ -78,8 +79,8 @@ class _FusedHead(torch.autograd.Function):
         scratch = Scratch()
         chunks = list(objective.chunks(hidden_TH.size(0), head_WH.size(0), hidden_TH.device, chunk_tokens))
         for rows, num_kept in zip(chunks, _num_kept(weight_T, chunks)):
-            student = chunk_softmax("student", hidden_TH[rows], head_WH, shard, temperature, weight_T.dtype, scratch)
-            scale_N = weight_T[rows] / temperature if num_kept > 0 and (needs_hidden or needs_head) else None
+            scale_N = weight_T[rows] / scaling.temperature if num_kept > 0 and (needs_hidden or needs_head) else None
+            student = chunk_softmax("student", hidden_TH[rows], head_WH, shard, scaling, weight_T.dtype, scratch, keep_damping=scale_N is not None)
             chunk = objective(student, rows, shard, scale_N)
             value_T[rows], entropy_T[rows] = chunk.value_N, chunk.entropy_N
             if chunk.picked_logp_N is not None:
@@ -87,6 +88,8 @@ class _FusedHead(torch.autograd.Function):
             for whole_T, part_N in zip(observed, chunk.observed_N, strict=True):
                 whole_T[rows] = part_N
             if chunk.grad_NW is not None:
+                if student.damping_TW is not None:
+                    chunk.grad_NW.mul_(student.damping_TW)
                 dropped_some = num_kept < chunk.grad_NW.size(0)
                 _add_gradients(chunk.grad_NW, rows, weight_T[rows] if dropped_some else None, hidden_TH, head_WH, grad_TH, grad_WH)
         ctx.save_for_backward(grad_TH, grad_WH)
@@ -177,6 +180,8 @@ def fused_head_divergence(
     chunk_tokens: int | None = None,
     sampled_ids_T: torch.Tensor | None = None,
     accumulate_main_grad: bool = False,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> FusedDivergence:
     """Return sum_t weight_t divergence_t of two models given by hidden states and LM heads; kinds and options are those of `vocab_parallel_divergence`.
 
@@ -189,16 +194,18 @@ def fused_head_divergence(
     under the student at `temperature`, NaN for an id outside the vocabulary. `chunk_tokens` must be the same on all ranks; None fits CHUNK_BYTES.
     With `accumulate_main_grad` the backward adds the head's gradient, in fp32, to `student_head_WH.main_grad` and sets `grad_added_to_main_grad`
     where the head has that attribute, as Megatron-Core's gradient_accumulation_fusion does.
+    A model with a `softcap` c has the logits c tanh(hidden @ head^T / c), before the temperature; each model has its own, or None.
     Two collectives per chunk in the forward, one for k1 and k3, none in the backward.
     Raises ValueError for arguments that disagree, an unknown kind, an option outside its range or of another kind, or a temperature that is
     not positive.
     """
     divergence = make_divergence(kind=kind, beta=beta, alpha=alpha, top_k=top_k, support=support, pointwise_clip=pointwise_clip, sampled_ids_T=sampled_ids_T)
-    _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG, temperature)
-    objective = DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, temperature, sampled_ids_T)
+    scaling, teacher_scaling = logit_scalings(temperature, student_softcap, teacher_softcap)
+    _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG)
+    objective = DivergenceObjective(teacher_hidden_TG.detach(), teacher_head_WG.detach(), divergence, teacher_scaling, sampled_ids_T)
     ids = {} if sampled_ids_T is None else {"sampled_ids_T": sampled_ids_T}
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
-    return fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, temperature, chunk_tokens, ids, accumulate_main_grad)
+    return fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, scaling, chunk_tokens, ids, accumulate_main_grad)
 
 
 def fused_head_cross_entropy(
@@ -211,18 +218,19 @@ def fused_head_cross_entropy(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     accumulate_main_grad: bool = False,
+    student_softcap: float | None = None,
 ) -> FusedDivergence:
     """Return sum_t weight_t (-log p(target_t)) for supervised fine-tuning; `divergence_T` holds the cross entropy of every token.
 
     As `fused_head_divergence` in everything else, two collectives per chunk. A target outside the vocabulary (an ignore label) has cross entropy
     NaN, which is left out of the sum where its weight is 0.
     """
+    scaling, _ = logit_scalings(1.0, student_softcap, None)
     _require_head("student", student_hidden_TH, student_head_WH)
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     ids = {"target_ids_T": target_ids_T}
-    return fused_head(
-        student_hidden_TH, student_head_WH, CrossEntropyObjective(target_ids_T), shard, token_weight_T, 1.0, chunk_tokens, ids, accumulate_main_grad
-    )
+    objective = CrossEntropyObjective(target_ids_T)
+    return fused_head(student_hidden_TH, student_head_WH, objective, shard, token_weight_T, scaling, chunk_tokens, ids, accumulate_main_grad)
 
 
 def fused_head(
@@ -231,7 +239,7 @@ def fused_head(
     objective: ChunkObjective,
     shard: VocabShard,
     token_weight_T: torch.Tensor | None,
-    temperature: float,
+    scaling: LogitScaling,
     chunk_tokens: int | None,
     ids: dict[str, torch.Tensor],
     accumulate_main_grad: bool,
@@ -247,7 +255,7 @@ def fused_head(
         _require_main_grad(head_WH, dtype)
     with _exact_products(hidden_TH):
         loss_sum, value_T, entropy_T, picked_logp_T, *observed = _FusedHead.apply(
-            hidden_TH, head_WH, weight_T, objective, shard, temperature, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
+            hidden_TH, head_WH, weight_T, objective, shard, scaling, chunk_tokens, torch.is_grad_enabled(), accumulate_main_grad
         )
     return FusedDivergence(loss_sum, weight_T.sum(), value_T, entropy_T, picked_logp_T if ids else None, dict(zip(objective.observes, observed, strict=True)))
 
@@ -267,9 +275,12 @@ def token_statistics(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> TokenStatistics:
     """Return entropy, reverse and forward KL of every token, without gradient: two collectives per chunk. Arguments as in `fused_head_divergence`."""
-    _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG, temperature)
+    scaling, teacher_scaling = logit_scalings(temperature, student_softcap, teacher_softcap)
+    _require_pair(student_hidden_TH, student_head_WH, teacher_hidden_TG, teacher_head_WG)
     shard = vocab_shard(student_head_WH.size(0), tp_group=tp_group, vocab_size=vocab_size)
     num_tokens, num_columns = student_hidden_TH.size(0), student_head_WH.size(0)
     dtype = compute_dtype(student_hidden_TH)
@@ -277,8 +288,8 @@ def token_statistics(
     statistics_3T = student_hidden_TH.new_empty((3, num_tokens), dtype=dtype)
     with torch.no_grad(), _exact_products(student_hidden_TH):
         for rows in token_chunks(num_tokens, num_columns, student_hidden_TH.device, chunk_tokens):
-            student = chunk_softmax("student", student_hidden_TH[rows], student_head_WH, shard, temperature, dtype, scratch)
-            teacher = chunk_softmax("teacher", teacher_hidden_TG[rows], teacher_head_WG, shard, temperature, dtype, scratch)
+            student = chunk_softmax("student", student_hidden_TH[rows], student_head_WH, shard, scaling, dtype, scratch)
+            teacher = chunk_softmax("teacher", teacher_hidden_TG[rows], teacher_head_WG, shard, teacher_scaling, dtype, scratch)
             statistics_3T[:, rows] = torch.stack(chunk_statistics(student, teacher, shard))
     return TokenStatistics(*statistics_3T)
 
@@ -297,11 +308,8 @@ def _require_head(model: str, hidden_TH: torch.Tensor, head_WH: torch.Tensor) ->
         raise ValueError(f"{hidden} and {head} have dtype {hidden_TH.dtype}; use one of {', '.join(map(str, _DTYPES))}")
 
 
-def _require_pair(
-    student_hidden_TH: torch.Tensor, student_head_WH: torch.Tensor, teacher_hidden_TG: torch.Tensor, teacher_head_WG: torch.Tensor, temperature: float
-) -> None:
+def _require_pair(student_hidden_TH: torch.Tensor, student_head_WH: torch.Tensor, teacher_hidden_TG: torch.Tensor, teacher_head_WG: torch.Tensor) -> None:
     """Raise ValueError unless two models given by hidden states and heads describe the same tokens and the same slice of the vocabulary."""
-    require_temperature(temperature)
     _require_head("student", student_hidden_TH, student_head_WH)
     _require_head("teacher", teacher_hidden_TG, teacher_head_WG)
     require_same("token counts", "student_hidden_TH", student_hidden_TH.size(0), "teacher_hidden_TG", teacher_hidden_TG.size(0))

@@ -2,7 +2,7 @@
 
 `row_statistics` reads both models' logits once, `term_sums` (kinds without a closed form) once more, and `gradient_` once, writing over the
 student's logits. The collectives between them are the caller's, as are all numbers per row. Formulas and names are those of `full_divergence`,
-which is the reference in the tests; `tests/unit/test_losses_triton.py` runs these kernels on CPU by Triton's interpreter.
+which is the reference in the tests; `tests/unit/test_losses_triton.py` runs these kernels on CPU by Triton's interpreter. `soft_cap_` is a pass before them.
 
 Shapes: N rows of one chunk, W = this rank's slice of the vocabulary. Logits are fp32 and contiguous.
 """
@@ -22,6 +22,16 @@ _COLUMNS_AT_ONCE = 4096
 def usable_for(logits_NW: torch.Tensor) -> bool:
     """Return whether the kernels take these logits: fp32 on a CUDA device, with Triton installed (it comes with torch for CUDA)."""
     return HAS_TRITON and logits_NW.is_cuda and logits_NW.dtype == torch.float32
+
+
+def soft_cap_(product_NW: torch.Tensor, damping_NW: torch.Tensor | None, softcap: float, temperature: float) -> torch.Tensor:
+    """Return softcap tanh(product / softcap) / temperature in the product's memory; write what the cap multiplies a gradient with where that is wanted."""
+    from opd_megatron.losses.triton_kernels import soft_cap_kernel
+
+    num_rows, num_columns = product_NW.shape
+    if num_rows:
+        soft_cap_kernel[(num_rows,)](product_NW, damping_NW, num_columns, softcap, softcap / temperature, **launch_options(num_columns))
+    return product_NW
 
 
 class RowStatistics(NamedTuple):

@@ -8,6 +8,21 @@ import triton.language as tl
 
 
 @triton.jit
+def soft_cap_kernel(product, damping, num_columns, softcap, largest, BLOCK: tl.constexpr):
+    """Overwrite the product with largest * tanh(product / softcap), and write 1 - tanh^2 to `damping`, unless that is None."""
+    row = tl.program_id(0).to(tl.int64)
+    for first in range(0, num_columns, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < num_columns
+        x = tl.load(product + row * num_columns + columns, mask=inside, other=0.0) / softcap
+        # With r = e^-2|x| - 1, tanh |x| is -r / (2 + r), and 1 - tanh^2 is 4 e^-2|x| / (2 + r)^2: no difference of numbers near 1.
+        r = _expm1_of_negative(-2 * tl.abs(x))
+        tl.store(product + row * num_columns + columns, tl.where(x < 0, r, -r) / (2 + r) * largest, mask=inside)
+        if damping is not None:
+            tl.store(damping + row * num_columns + columns, 4 * tl.exp(-2 * tl.abs(x)) / ((2 + r) * (2 + r)), mask=inside)
+
+
+@triton.jit
 def row_statistics_kernel(student, teacher, out, num_rows, num_columns, BLOCK: tl.constexpr):
     """Write the seven numbers of `RowStatistics`: sums relative to running maxima, rescaled whenever a maximum grows."""
     row = tl.program_id(0).to(tl.int64)

@@ -131,10 +131,14 @@ class ShardSoftmax:
     The maximum and the logarithm of the mass are subtracted one after the other: adding a small logarithm to a large maximum would round it away.
     """
 
-    def __init__(self, logits_TW: torch.Tensor, scratch: Scratch | None = None, name: str = "") -> None:
-        """Take over `logits_TW`, which is overwritten. Softmaxes that live at once share a `scratch` under different names."""
+    def __init__(self, logits_TW: torch.Tensor, scratch: Scratch | None = None, name: str = "", damping_TW: torch.Tensor | None = None) -> None:
+        """Take over `logits_TW`, which is overwritten. Softmaxes that live at once share a `scratch` under different names.
+
+        `damping_TW` is what a gradient in capped logits is multiplied by on its way to the LM head's product; None where nothing is.
+        """
         self.logp_TW = logits_TW
         self.prob_TW = logits_TW
+        self.damping_TW = damping_TW
         self.scratch = scratch or Scratch()
         self._name = name
 

@@ -6,8 +6,9 @@ Shapes: B sequences, S padded length, H hidden, W this rank's slice of the padde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,17 +18,23 @@ from megatron.core.transformer import TransformerConfig
 
 from opd_megatron.config import ParallelLayout
 from opd_megatron.models.architecture import Architecture, Experts, Rope
+from opd_megatron.models.families import Activation
 from opd_megatron.models.layers import block_spec
 from opd_megatron.parallel.groups import ModelGroups
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class ModelChunks(torch.nn.ModuleList):
     """What one rank holds of a model, as Megatron's schedules see it: one GPTModel, or `layout.virtual` of them, in the order in which text passes through.
 
-    Between two of them text passes through all later pipeline stages.
+    Between two of them text passes through all later pipeline stages. `logit_softcap` is the architecture's: our own head needs it, GPTModel has none.
     """
+
+    def __init__(self, chunks: Iterable[GPTModel], logit_softcap: float | None) -> None:
+        super().__init__(chunks)
+        self.logit_softcap = logit_softcap
 
     def __iter__(self) -> Iterator[GPTModel]:
         return super().__iter__()  # type: ignore[return-value]
@@ -59,13 +66,14 @@ def build_gpt(
         chunks.append(
             GPTModel(
                 config,
-                block_spec(config, groups.stage, chunk if layout.virtual > 1 else None),
+                block_spec(architecture, config, groups.stage, chunk if layout.virtual > 1 else None),
                 vocab_size=architecture.padded_vocab_size(layout.tensor, vocab_multiple),
                 max_sequence_length=architecture.max_positions,
                 pre_process=groups.is_first_stage and chunk == 0,
                 post_process=groups.is_last_stage and chunk == layout.virtual - 1,
                 position_embedding_type="rope",
                 rotary_base=architecture.rope.theta,  # type: ignore[arg-type]
+                rotary_percent=architecture.rope.fraction,
                 share_embeddings_and_output_weights=architecture.tied,
                 pg_collection=groups.collection,
                 vp_stage=chunk if layout.virtual > 1 else None,
@@ -76,19 +84,21 @@ def build_gpt(
         # The same bits on every device; and a model built on the meta device, which has no bits, still has its frequencies.
         with torch.device("cpu"):
             model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(device)
+        if model.pre_process and architecture.scaled_embeddings:
+            _scale_embeddings(model, architecture.embedding_scale)
         for name, parameter in model.named_parameters():
             if ".local_experts." in name:
                 # Megatron says so where expert parallelism is used. But experts that are whole on every tensor rank always see other tokens than
                 # on the next one, so their gradients belong to the expert data-parallel group, which spans tensor ranks.
                 parameter.allreduce = False  # type: ignore[attr-defined]
-    return ModelChunks(chunks)
+    return ModelChunks(chunks, architecture.logit_softcap)
 
 
 def _transformer_config(
     architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"], recompute: Literal["none", "full"]
 ) -> TransformerConfig:
     dtype = DTYPES[precision]
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -98,8 +108,10 @@ def _transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,
         qk_layernorm=architecture.qk_norm,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
+        softmax_scale=architecture.attention_scale,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=_ACTIVATIONS[architecture.activation],
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         init_method_std=architecture.init_std,
@@ -126,6 +138,29 @@ def _transformer_config(
         **_expert_settings(architecture.experts, layout),
         **({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}),
     )
+    if architecture.rope.attention_factor != 1.0:
+        _lengthen_rotated(config, architecture.rope.attention_factor)
+    return config
+
+
+def _lengthen_rotated(config: TransformerConfig, factor: float) -> None:
+    """Multiply the cosines and sines of the rotation by a factor above 1.
+
+    Megatron-Core applies one under the name of another method, YaRN, where the configuration has this attribute: 0.1 ln(scaling) + 1.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/models/common/embeddings/yarn_rotary_pos_embedding.py
+    """
+    config.yarn_rotary_scaling_factor = math.exp(10 * (factor - 1))  # type: ignore[attr-defined]
+
+
+def _scale_embeddings(model: GPTModel, scale: float) -> None:
+    """Multiply what the embedding gives by a number, rounded to the weights' dtype as transformers does; a tied head uses the weights as they are."""
+
+    rounded = float(torch.tensor(scale, dtype=model.config.params_dtype, device="cpu"))
+
+    def scaled(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * rounded
+
+    model.embedding.register_forward_hook(scaled)
 
 
 def _virtual_settings(layout: ParallelLayout) -> dict[str, Any]:
@@ -161,8 +196,11 @@ def _expert_settings(experts: Experts | None, layout: ParallelLayout) -> dict[st
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """Return the rotary frequencies [head_dim / 2] in fp32, with linear or Llama 3 scaling as transformers' `modeling_rope_utils` defines them."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    """Return the rotary frequencies [rotated dimensions / 2] in fp32, scaled as transformers' `modeling_rope_utils` defines it."""
+    num_dims = rope.rotated_dims(head_dim)
+    exponent = torch.arange(0, num_dims, 2, dtype=torch.int64).float() / num_dims
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factors, dtype=torch.float32) * rope.theta**exponent)
     frequency = 1.0 / (rope.theta**exponent)
     if rope.kind == "default":
         return frequency

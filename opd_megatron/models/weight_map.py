@@ -28,7 +28,10 @@ HEAD = "output_layer.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class MappedTensor:
-    """One Megatron tensor, or one expert's slice of a stacked one: its global name, its Hugging Face parts in order, how tensor parallelism splits it."""
+    """One Megatron tensor, or one expert's slice of a stacked one: its global name, its parts in order, how tensor parallelism splits it.
+
+    `hf` are the Hugging Face tensors: one for each part, or one that holds all parts, one after the other.
+    """
 
     megatron: str
     hf: tuple[str, ...]
@@ -46,6 +49,11 @@ class MappedTensor:
         return self.megatron if self.expert is None else f"{self.megatron}[{self.expert}]"
 
     @property
+    def hf_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the Hugging Face tensors, in the order of `hf`."""
+        return self.part_shapes if len(self.hf) == len(self.part_shapes) else (self.shape,)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The global, unpadded Megatron shape; of an expert's slice, without the stacked dimension."""
         return (sum(part[0] for part in self.part_shapes), *self.part_shapes[0][1:])
@@ -53,74 +61,90 @@ class MappedTensor:
 
 def weight_map(architecture: Architecture) -> list[MappedTensor]:
     """Return one row per Megatron tensor of the whole model, and one per expert of the stacked ones."""
-    a = architecture
-    rows = [MappedTensor(megatron=EMBEDDING, hf=("model.embed_tokens.weight",), split_dim=0, is_vocab=True, part_shapes=((a.vocab_size, a.hidden_size),))]
+    a, names = architecture, architecture.tensors
+    vocabulary = ((a.vocab_size, a.hidden_size),)
+    rows = [MappedTensor(megatron=EMBEDDING, hf=(f"{names.embedding}.weight",), split_dim=0, is_vocab=True, part_shapes=vocabulary)]
     for layer in range(a.num_layers):
-        megatron, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        megatron, hf = f"decoder.layers.{layer}.", names.layer.format(layer=layer)
         rows += _attention_rows(a, megatron, hf)
         rows += _dense_rows(a, megatron, hf) if a.experts is None else _expert_rows(a, a.experts, megatron, hf)
-    rows.append(MappedTensor(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",), part_shapes=((a.hidden_size,),)))
+    rows.append(_norm_row(a, "decoder.final_layernorm.weight", names.final_norm))
     if not a.tied:
-        rows.append(MappedTensor(megatron=HEAD, hf=("lm_head.weight",), split_dim=0, is_vocab=True, part_shapes=((a.vocab_size, a.hidden_size),)))
+        rows.append(MappedTensor(megatron=HEAD, hf=(f"{names.head}.weight",), split_dim=0, is_vocab=True, part_shapes=vocabulary))
     return rows
+
+
+def _norm_row(a: Architecture, megatron: str, hf: str, size: int | None = None) -> MappedTensor:
+    return MappedTensor(megatron=megatron, hf=(f"{hf}.weight",), part_shapes=((size or a.hidden_size,),))
 
 
 def _attention_rows(a: Architecture, megatron: str, hf: str) -> list[MappedTensor]:
     query, key_value = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    projections = tuple(f"{hf}self_attn.{name}_proj" for name in "qkv")
-    attention, hf_attention = f"{megatron}self_attention.", f"{hf}self_attn."
-    norm = ((a.hidden_size,),)
+    attention, names = f"{megatron}self_attention.", a.tensors
+    sizes = (query, key_value, key_value)
     rows = [
-        MappedTensor(megatron=f"{attention}linear_qkv.layer_norm_weight", hf=(f"{hf}input_layernorm.weight",), part_shapes=norm),
+        _norm_row(a, f"{attention}linear_qkv.layer_norm_weight", f"{hf}{names.attention_norm}"),
         MappedTensor(
             megatron=f"{attention}linear_qkv.weight",
-            hf=tuple(f"{name}.weight" for name in projections),
+            hf=tuple(f"{hf}{name}.weight" for name in names.qkv),
             kind="qkv",
             split_dim=0,
-            part_shapes=tuple((rows_, a.hidden_size) for rows_ in (query, key_value, key_value)),
+            part_shapes=tuple((size, a.hidden_size) for size in sizes),
         ),
-        MappedTensor(megatron=f"{attention}linear_proj.weight", hf=(f"{hf_attention}o_proj.weight",), split_dim=1, part_shapes=((a.hidden_size, query),)),
+        MappedTensor(
+            megatron=f"{attention}linear_proj.weight", hf=(f"{hf}{names.attention_output}.weight",), split_dim=1, part_shapes=((a.hidden_size, query),)
+        ),
     ]
     if a.qkv_bias:
-        names = tuple(f"{name}.bias" for name in projections)
-        rows.append(MappedTensor(megatron=f"{attention}linear_qkv.bias", hf=names, kind="qkv", split_dim=0, part_shapes=((query,), (key_value,), (key_value,))))
-    if a.qk_norm:
-        rows += [MappedTensor(megatron=f"{attention}{x}_layernorm.weight", hf=(f"{hf_attention}{x}_norm.weight",), part_shapes=((a.head_dim,),)) for x in "qk"]
+        biases = tuple(f"{hf}{name}.bias" for name in names.qkv)
+        rows.append(MappedTensor(megatron=f"{attention}linear_qkv.bias", hf=biases, kind="qkv", split_dim=0, part_shapes=tuple((size,) for size in sizes)))
+    for megatron_name, name in (("q_layernorm", names.query_norm), ("k_layernorm", names.key_norm)):
+        if name is not None:
+            rows.append(_norm_row(a, f"{attention}{megatron_name}.weight", f"{hf}{name}", a.head_dim))
+    if names.attention_output_norm is not None:
+        rows.append(_norm_row(a, f"{attention}linear_proj.post_layernorm.weight", f"{hf}{names.attention_output_norm}"))
     return rows
 
 
 def _dense_rows(a: Architecture, megatron: str, hf: str) -> list[MappedTensor]:
-    return [
-        MappedTensor(megatron=f"{megatron}mlp.linear_fc1.layer_norm_weight", hf=(f"{hf}post_attention_layernorm.weight",), part_shapes=((a.hidden_size,),)),
+    mlp, names = f"{megatron}mlp.", a.tensors
+    rows = [
+        _norm_row(a, f"{mlp}linear_fc1.layer_norm_weight", f"{hf}{names.feed_forward_norm}"),
         MappedTensor(
-            megatron=f"{megatron}mlp.linear_fc1.weight",
-            hf=(f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight"),
+            megatron=f"{mlp}linear_fc1.weight",
+            hf=tuple(f"{hf}{name}.weight" for name in names.gate_up),
             kind="gate_up",
             split_dim=0,
             part_shapes=((a.ffn_hidden_size, a.hidden_size),) * 2,
         ),
-        MappedTensor(
-            megatron=f"{megatron}mlp.linear_fc2.weight", hf=(f"{hf}mlp.down_proj.weight",), split_dim=1, part_shapes=((a.hidden_size, a.ffn_hidden_size),)
-        ),
+        MappedTensor(megatron=f"{mlp}linear_fc2.weight", hf=(f"{hf}{names.down}.weight",), split_dim=1, part_shapes=((a.hidden_size, a.ffn_hidden_size),)),
     ]
+    if names.feed_forward_output_norm is not None:
+        rows.append(_norm_row(a, f"{mlp}linear_fc2.post_layernorm.weight", f"{hf}{names.feed_forward_output_norm}"))
+    return rows
 
 
 def _expert_rows(a: Architecture, experts: Experts, megatron: str, hf: str) -> list[MappedTensor]:
     """Return the norm, the router, and every expert."""
+    names = a.tensors
     rows = [
-        MappedTensor(megatron=f"{megatron}pre_mlp_layernorm.weight", hf=(f"{hf}post_attention_layernorm.weight",), part_shapes=((a.hidden_size,),)),
-        MappedTensor(megatron=f"{megatron}mlp.router.weight", hf=(f"{hf}mlp.gate.weight",), part_shapes=((experts.num_experts, a.hidden_size),)),
+        _norm_row(a, f"{megatron}pre_mlp_layernorm.weight", f"{hf}{names.feed_forward_norm}"),
+        MappedTensor(megatron=f"{megatron}mlp.router.weight", hf=(f"{hf}{names.router}.weight",), part_shapes=((experts.num_experts, a.hidden_size),)),
     ]
     stack, width = f"{megatron}mlp.experts.experts.", experts.ffn_hidden_size
     for expert in range(experts.num_experts):
-        one = f"{hf}mlp.experts.{expert}."
-        gate_up = (f"{one}gate_proj.weight", f"{one}up_proj.weight")
+        one = f"{hf}{names.expert.format(expert=expert)}"
+        gate_up = tuple(f"{one}{name}.weight" for name in names.expert_gate_up)
         rows += [
             MappedTensor(
                 megatron=f"{stack}linear_fc1.weight", hf=gate_up, kind="gate_up", split_dim=0, expert=expert, part_shapes=((width, a.hidden_size),) * 2
             ),
             MappedTensor(
-                megatron=f"{stack}linear_fc2.weight", hf=(f"{one}down_proj.weight",), split_dim=1, expert=expert, part_shapes=((a.hidden_size, width),)
+                megatron=f"{stack}linear_fc2.weight",
+                hf=(f"{one}{names.expert_down}.weight",),
+                split_dim=1,
+                expert=expert,
+                part_shapes=((a.hidden_size, width),),
             ),
         ]
     return rows

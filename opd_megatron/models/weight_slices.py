@@ -14,11 +14,13 @@ from opd_megatron.models.weight_map import MappedTensor
 
 
 def to_megatron(row: MappedTensor, parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:
-    """Return the global Megatron tensor made of its Hugging Face parts; ValueError if a part has another shape than the config says."""
-    for name, part, shape in zip(row.hf, parts, row.part_shapes, strict=True):
+    """Return the global Megatron tensor made of its Hugging Face tensors; ValueError if one has another shape than the config says."""
+    for name, part, shape in zip(row.hf, parts, row.hf_shapes, strict=True):
         if tuple(part.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(part.shape)} where config.json implies {shape}")
     if row.kind == "qkv":
+        if len(parts) == 1:
+            parts = list(parts[0].split([shape[0] for shape in row.part_shapes]))
         # Megatron keeps each key-value group together: [its query heads, its key head, its value head].
         groups = architecture.num_kv_heads
         return torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1).flatten(0, 1)
@@ -26,14 +28,16 @@ def to_megatron(row: MappedTensor, parts: list[torch.Tensor], architecture: Arch
 
 
 def to_hf(row: MappedTensor, tensor: torch.Tensor, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Return the Hugging Face parts of a global Megatron tensor; the inverse of `to_megatron`."""
+    """Return the Hugging Face tensors of a global Megatron tensor; the inverse of `to_megatron`."""
     if row.kind == "qkv":
         groups = architecture.num_kv_heads
         sizes = [shape[0] // groups for shape in row.part_shapes]
         split = tensor.reshape(groups, -1, *tensor.shape[1:]).split(sizes, dim=1)
         parts = [part.flatten(0, 1) for part in split]
+        if len(row.hf) == 1:
+            parts = [torch.cat(parts)]
     else:
-        parts = list(tensor.split([shape[0] for shape in row.part_shapes]))
+        parts = list(tensor.split([shape[0] for shape in row.hf_shapes]))
     return {name: part.contiguous() for name, part in zip(row.hf, parts, strict=True)}
 
 

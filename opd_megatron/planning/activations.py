@@ -46,21 +46,24 @@ def layer_activations(architecture: Architecture, layout: ParallelLayout, shape:
     hidden, tensor = architecture.hidden_size, layout.tensor
     heads, kv_heads, head_dim = architecture.num_heads / tensor, architecture.num_kv_heads / tensor, architecture.head_dim
     whole = tensor if layout.sequence else 1
+    rotated = architecture.rope.rotated_dims(head_dim)
     # With one key-value head a rank the queries of the fused projection are contiguous; otherwise they are copied out of it.
     copied_heads = heads if architecture.qk_norm and kv_heads > 1 else 0
     normed_heads = heads + kv_heads if architecture.qk_norm else 0
     # Held as values, which are a view of it, or as the keys that a norm reads; gathered values are not.
     projected_heads = heads + 2 * kv_heads if layout.context == 1 or architecture.qk_norm else 0
+    num_norms = 4 if architecture.norms_outputs else 2
     return [
-        ActivationTerm(2 * itemsize * hidden / whole, "inputs of both norms: 2h"),
+        ActivationTerm(num_norms * norm_itemsize(architecture, itemsize) * hidden / whole, f"inputs of {num_norms} norms: {num_norms}h"),
         ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection, or of the router: 2h"),
         ActivationTerm(itemsize * projected_heads * head_dim, "queries, keys and values as projected: (a + 2g) d / t"),
         ActivationTerm(itemsize * copied_heads * head_dim, "queries again, as their norm reads them: a d / t"),
-        *_attention(heads * head_dim, kv_heads * head_dim, layout.context, itemsize, packed=shape.packed),
-        ActivationTerm(FP32_BYTES * heads, "logarithm of the sum of attention scores, fp32: a / t"),
-        ActivationTerm(FP32_BYTES * (2 / whole + normed_heads), "one fp32 number of every norm"),
+        *_attention(heads * head_dim, kv_heads * head_dim, layout.context, itemsize, packed=shape.packed, keeps_output=not architecture.attention_softcap),
+        # Capped attention keeps nothing of its scores.
+        ActivationTerm(0 if architecture.attention_softcap else FP32_BYTES * heads, "logarithm of the sum of attention scores, fp32: a / t"),
+        ActivationTerm(FP32_BYTES * (num_norms / whole + normed_heads), "one fp32 number of every norm"),
         # One row per position, whatever the number of sequences.
-        ActivationTerm(4 * itemsize * head_dim / shape.num_rows, "cosines and sines of the rotation of queries and of keys: 4d a position"),
+        ActivationTerm(4 * itemsize * rotated / shape.num_rows, "cosines and sines of the rotation of queries and of keys: 4d a position"),
         *(
             _experts(architecture.experts, hidden, whole, layout.expert_tensor, itemsize)
             if architecture.experts
@@ -69,17 +72,26 @@ def layer_activations(architecture: Architecture, layout: ParallelLayout, shape:
     ]
 
 
-def _attention(query_width: float, key_width: float, context: int, itemsize: int, *, packed: bool) -> list[ActivationTerm]:
-    """Return what attention saves for one token; over context ranks it reads keys and values of all, and joins two outputs; packed, one a sequence."""
+def norm_itemsize(architecture: Architecture, itemsize: int) -> int:
+    """Return the bytes of a number that a norm reads: those that multiply by 1 + weight do so in fp32."""
+    return FP32_BYTES if architecture.zero_centered_norms else itemsize
+
+
+def _attention(query_width: float, key_width: float, context: int, itemsize: int, *, packed: bool, keeps_output: bool) -> list[ActivationTerm]:
+    """Return what attention saves for one token; over context ranks it reads keys and values of all, and joins two outputs; packed, one a sequence.
+
+    Flash attention `keeps_output`, for its backward, beside the joined one that the next projection reads.
+    """
     if context == 1:
+        outputs = 2 if packed and keeps_output else 1
         return [
             ActivationTerm(itemsize * (query_width + key_width), "queries and keys after rotation: (a + g) d / t"),
-            ActivationTerm((2 if packed else 1) * itemsize * query_width, "output of attention, of each packed sequence and joined: a d / t, packed 2 a d / t"),
+            ActivationTerm(outputs * itemsize * query_width, "output of attention, of each packed sequence and joined: a d / t, packed 2 a d / t"),
         ]
     return [
         ActivationTerm(itemsize * query_width, "queries after rotation: a d / t"),
         ActivationTerm(itemsize * 2 * key_width * context, "keys and values of all context ranks: 2 g d / t for each"),
-        ActivationTerm(itemsize * 2 * query_width, "outputs of attention, of both chunks and joined: 2 a d / t"),
+        ActivationTerm((2 if keeps_output else 1) * itemsize * query_width, "outputs of attention, of both chunks and joined: 2 a d / t"),
     ]
 
 
@@ -119,9 +131,9 @@ def chunk_activation_bytes(
     """
     whole = layout.tensor if layout.sequence else 1
     row = shape.num_tokens * itemsize * architecture.hidden_size // whole
-    end = row + (shape.num_tokens * FP32_BYTES // whole if is_last else 0)
+    end = shape.num_tokens * (FP32_BYTES + architecture.hidden_size * norm_itemsize(architecture, itemsize)) // whole if is_last else row
     if recompute:
-        return num_layers * row + FP32_BYTES * shape.longest // layout.context * architecture.head_dim + end
+        return num_layers * row + FP32_BYTES * shape.longest // layout.context * architecture.rope.rotated_dims(architecture.head_dim) + end
     return num_layers * layer_bytes(architecture, layout, shape, itemsize) + end
 
 

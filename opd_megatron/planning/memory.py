@@ -137,7 +137,8 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> lis
     if not groups.is_last_stage:
         return terms
     num_columns, chunk = rank.student_columns, max(shape.chunk_tokens, default=0)
-    widest, num_tensors = max(num_columns, rank.teacher_columns), _CHUNK_TENSORS
+    # A soft-cap's damping of the gradient is one more.
+    widest, num_tensors = max(num_columns, rank.teacher_columns), _CHUNK_TENSORS + (architecture.logit_softcap is not None)
     if not rank.config.alignment.is_identity:
         num_tensors += _UNIT_TENSORS
         if layout.context > 1:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from opd_megatron.losses.head_products import head_logits
+from opd_megatron.losses.logit_scaling import LogitScaling
 from opd_megatron.models.forward import forward_hidden, inference_mode
 from opd_megatron.models.gpt import ModelChunks, head_weight
 from opd_megatron.parallel.groups import ModelGroups
@@ -99,8 +100,9 @@ class Sampler:
         return packed_2B[0].long(), packed_2B[1].float()
 
     def _gather_logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
-        """Return full logits [B, V] in fp32 on every tensor rank of the last stage; padded columns are cut off."""
-        logits_BW = head_logits(hidden_BH, head_weight(self.model), torch.float32)
+        """Return full logits [B, V] in fp32, without temperature, on every tensor rank of the last stage; padded columns are cut off."""
+        product_BW = head_logits(hidden_BH, head_weight(self.model), torch.float32)
+        logits_BW = LogitScaling(softcap=self.model.logit_softcap).apply_(product_BW)
         if self.groups.layout.tensor == 1:
             return logits_BW[:, : self.vocab_size]
         parts = [torch.empty_like(logits_BW) for _ in range(self.groups.layout.tensor)]

@@ -75,6 +75,7 @@ class Teacher:
         """Load this rank's rows of the head; `shard` says which, where the teacher's tokenizer is another one."""
         self.scorer = scorer
         self.shard = shard
+        self.logit_softcap = source.architecture.logit_softcap
         self.dtype = router.dtype
         self.device = device
         # Of the last batch: what reached the student's tensor groups, and what their ranks then sent each other.

@@ -108,6 +108,7 @@ def model_sinks(model: ModelChunks, groups: ModelGroups, architecture: Architect
     padded = architecture.padded_vocab_size(groups.layout.tensor, vocab_multiple)
 
     def fill(row: MappedTensor, parameter: torch.nn.Parameter) -> Sink:
+        """Return what copies this rank's slice of a row's whole tensor into a parameter."""
         rank, size = (groups.tensor_rank, groups.layout.tensor) if row.expert is None else (groups.expert_tensor_rank, groups.layout.expert_tensor)
 
         def sink(whole: torch.Tensor) -> None:

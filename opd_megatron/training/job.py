@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
+from opd_megatron.conversion.to_hf import export_hf
 from opd_megatron.models.allocation import Allocation
-from opd_megatron.models.weights import CheckpointWeights, export_hf
+from opd_megatron.models.checkpoint_weights import CheckpointWeights
 from opd_megatron.parallel.world import Bridge, join_world, leave_world, shared_errors, worlds
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.teacher.teacher import Leave
@@ -20,51 +21,31 @@ from opd_megatron.training.alignment import describe_alignment
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.measured_modules import measured_choice
+from opd_megatron.training.preflight import MAY_CHANGE
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Parts, Sources, build_parts, describe_data, make_search, open_sources
 from opd_megatron.training.signals import StopRequest
+from opd_megatron.training.stop_signals import StopSignals
 from opd_megatron.training.teacher_ranks import serve
 from opd_megatron.training.trainer import Trainer
 
-# What a continued run may set anew: where and how fast it runs, how often it looks, how long it goes on. Not what it learns.
-MAY_CHANGE = (
-    "world_size",
-    "student.layout",
-    "student.vocab_multiple",
-    "teacher.layout",
-    "teacher.placement",
-    "teacher.num_ranks",
-    "teacher.staleness",
-    "teacher.self_test",
-    "teacher.micro_batch",
-    "rollout.batch_sequences",
-    "rollout.record",
-    "loss.chunk_tokens",
-    "training.steps",
-    "training.micro_batch",
-    "training.micro_batch_tokens",
-    "training.recompute",
-    "training.offload_optimizer",
-    "training.max_skipped_steps",
-    "training.watchdog_seconds",
-    "checkpoint",
-    "evaluation",
-)
 
-
-def run_job(recipe: str, config: RunConfig, run_dir: Path) -> Literal["finished", "interrupted"]:
+def run_job(recipe: str, config: RunConfig, run_dir: Path, signals: StopSignals | None = None) -> Literal["finished", "interrupted"]:
     """Join the job, run one configuration into one run directory, leave; ValueError for the user's mistakes, anything else is a crash."""
     _quiet_libraries()
-    status = run_in_world(recipe, config, run_dir, join_world())
+    signals = signals or StopSignals()
+    with signals.ending_a_wait("waiting for the other ranks"):
+        device = join_world()
+    status = run_in_world(recipe, config, run_dir, device, signals)
     # A launcher may end all ranks as soon as one has ended with 75; by then rank 0 has written the status.
     dist.barrier()
     leave_world()
     return status
 
 
-def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.device) -> Literal["finished", "interrupted"]:
+def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.device, signals: StopSignals | None = None) -> Literal["finished", "interrupted"]:
     """The same, for ranks that have joined and stay."""
-    stop = StopRequest(device)
+    stop = StopRequest(device, signals)
     # Models, tokenizers and data are opened before the run directory is touched: a mistake in them leaves nothing behind.
     sources = open_sources(config)
     with worlds(config.num_teacher_ranks) as bridge:
@@ -172,13 +153,15 @@ def _train_parts(
         _note(f"resumed from {latest}")
         if progress.step >= config.training.steps:
             _note(f"nothing to train: {progress.step} steps are done, training.steps={config.training.steps}")
-    recorder = Recorder(directory, first_step=progress.step + 1, total_steps=config.training.steps)
+    recorder = Recorder(directory, config.tracking, first_step=progress.step + 1, total_steps=config.training.steps)
+    status: Status = "crashed"
     try:
         evaluator = Evaluator(config, sources, parts, recorder)
         trainer = Trainer(config, prompts, parts, recorder, evaluator, checkpoints, progress, ahead, stop)
-        return trainer.run(), trainer.progress.step
+        status = trainer.run()
+        return status, trainer.progress.step
     finally:
-        recorder.close()
+        recorder.close(status)
 
 
 def _check_data(config: RunConfig, saved: Progress, now: Progress) -> None:

@@ -59,6 +59,8 @@ class Distillation:
     vocab_size: int
     tp_group: dist.ProcessGroup
     teacher_head_WG: torch.Tensor | None
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
     # Whether the sampled tokens' log-probabilities are recomputed, to be compared with those the sampler saw.
     recompute_logp: bool = False
 
@@ -89,6 +91,8 @@ class Distillation:
             chunk_tokens=self.loss.chunk_tokens,
             sampled_ids_T=micro_batch.batch.target_T if self.recompute_logp or by_sampled_token else None,
             accumulate_main_grad=_accumulates(head_WH),
+            student_softcap=self.student_softcap,
+            teacher_softcap=self.teacher_softcap,
         )
         return result if self.recompute_logp else replace(result, sampled_logp_T=None)
 
@@ -105,6 +109,8 @@ class Distillation:
             vocab_size=self.vocab_size,
             temperature=temperature,
             chunk_tokens=self.loss.chunk_tokens,
+            student_softcap=self.student_softcap,
+            teacher_softcap=self.teacher_softcap,
         )
 
 
@@ -115,6 +121,7 @@ class SupervisedFineTuning:
     loss: LossConfig
     vocab_size: int
     tp_group: dist.ProcessGroup
+    student_softcap: float | None = None
 
     observes: ClassVar[tuple[str, ...]] = ()
 
@@ -128,6 +135,7 @@ class SupervisedFineTuning:
             vocab_size=self.vocab_size,
             chunk_tokens=self.loss.chunk_tokens,
             accumulate_main_grad=_accumulates(head_WH),
+            student_softcap=self.student_softcap,
         )
 
 
@@ -140,6 +148,8 @@ class AlignedDistillation:
     shard: PairedShard
     tp_group: dist.ProcessGroup
     teacher_head_CG: torch.Tensor | None
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
 
     @property
     def observes(self) -> tuple[str, ...]:
@@ -158,6 +168,8 @@ class AlignedDistillation:
             "temperature": self.loss.temperature,
             "chunk_tokens": self.loss.chunk_tokens,
             "accumulate_main_grad": _accumulates(head_WH),
+            "student_softcap": self.student_softcap,
+            "teacher_softcap": self.teacher_softcap,
         }
         if self.alignment.kind == "uld":
             return uld_divergence(*models, units, self.shard, top_k=self.alignment.top_k, **options)

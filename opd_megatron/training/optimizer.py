@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -220,6 +221,9 @@ def _place_buckets_where_parameters_are_read() -> None:
 
 
 def _with_padding(unpadded: torch.Tensor, buffer: Any) -> torch.Tensor:
+    starts = [0, *accumulate(bucket.numel_unpadded for bucket in buffer.buckets)]
+    if all(bucket.offset == start for bucket, start in zip(buffer.buckets, starts, strict=False)):
+        return unpadded
     whole = unpadded.new_zeros(buffer.numel)
     start = 0
     for bucket in buffer.buckets:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import netrc
+import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from opd_megatron.config import RunConfig, StudentConfig, TeacherConfig
+from opd_megatron.config import RunConfig, StudentConfig, TeacherConfig, TrackingConfig
+from opd_megatron.config.tracking import refuse_secrets
 from opd_megatron.data.sources import check_source
 from opd_megatron.data.templates import check_templates
 from opd_megatron.models.allocation import check_modules
@@ -16,10 +21,38 @@ from opd_megatron.models.limits import check_length
 from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.training.layouts import check_layouts
 
+# What a continued run may set anew: where and how fast it runs, how often it looks, how long it goes on. Not what it learns.
+MAY_CHANGE = (
+    "world_size",
+    "student.layout",
+    "student.vocab_multiple",
+    "teacher.layout",
+    "teacher.placement",
+    "teacher.num_ranks",
+    "teacher.staleness",
+    "teacher.self_test",
+    "teacher.micro_batch",
+    "rollout.batch_sequences",
+    "rollout.record",
+    "loss.chunk_tokens",
+    "training.steps",
+    "training.micro_batch",
+    "training.micro_batch_tokens",
+    "training.recompute",
+    "training.offload_optimizer",
+    "training.max_skipped_steps",
+    "training.watchdog_seconds",
+    "training.peak_tflops",
+    "checkpoint",
+    "evaluation",
+    "tracking",
+)
+
 
 def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ValueError, with the values and the way out, for layouts, models or data that do not fit together. Reads headers only."""
     check_layouts(config, world_size, _peek(config.student), _peek(config.teacher_source))
+    _check_trackers(config.tracking)
     check_source(config.data.prompts)
     check_templates(config.data, config.privileged)
     if isinstance(config.evaluation.prompts, str):
@@ -46,6 +79,41 @@ def _check_replay(run: RunDirectory, steps: int) -> None:
         file = run.rollout_file(step)
         if not file.is_file():
             raise ValueError(f"rollout.replay={str(run.path)!r} has no record of step {step}: {file} is missing; record with rollout.record=true")
+
+
+def _check_trackers(tracking: TrackingConfig) -> None:
+    """Raise ValueError for a tracker that is not installed, or that could not be reached by anybody. Imports and asks none."""
+    for key, package, distribution in (("wandb_project", "wandb", "wandb"), ("mlflow_experiment", "mlflow", "mlflow-skinny")):
+        if getattr(tracking, key) is not None and not _is_installed(package):
+            raise ValueError(f"tracking.{key} needs {package}, which is not installed: pip install {distribution}, or both by the extra `tracking`")
+    if tracking.wandb_project is not None and tracking.wandb_mode == "online" and not _has_wandb_key():
+        raise ValueError("tracking.wandb_project needs a key: export WANDB_API_KEY, or run `wandb login`, or set tracking.wandb_mode=offline")
+    if tracking.mlflow_experiment is None:
+        return
+    source = "tracking.mlflow_uri" if tracking.mlflow_uri else "MLFLOW_TRACKING_URI"
+    uri = tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    refuse_secrets(source, uri)
+    database = uri.partition(":")[0].partition("+")[0]
+    if database in ("sqlite", "postgresql", "mysql", "mssql") and not _is_installed("sqlalchemy"):
+        raise ValueError(f"{source} is a {database} database, which needs the whole of MLflow: pip install mlflow, or name a server or a folder")
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package can be imported; a folder of that name, such as W&B leaves where it ran, is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
+def _has_wandb_key() -> bool:
+    """Return whether W&B would find a key where it looks without asking: the environment, or what `wandb login` wrote."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _assets(model: StudentConfig | TeacherConfig) -> Path:

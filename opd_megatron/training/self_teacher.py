@@ -33,6 +33,7 @@ def refresh_from(student: Student, teacher: Teacher, config: RunConfig, source: 
     head = head_sink(teacher.head_WG, student.groups, source.architecture, padded_vocab=student.padded_vocab) if teacher.head_WG is not None else {}
 
     def refresh() -> None:
+        """Bring the teacher's weights up to date, on the student's ranks or on ranks of its own; every rank of the student calls it."""
         if scorer is None:
             bridge.tell_teacher(Refresh(sources=transfer.sources))
             transfer.run(own, head)

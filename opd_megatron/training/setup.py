@@ -39,6 +39,7 @@ from opd_megatron.training.search_scores import AnswerScore, DivergenceScore, Se
 from opd_megatron.training.self_teacher import refresh_from
 from opd_megatron.training.self_test import check_self_divergence
 from opd_megatron.training.student import Student
+from opd_megatron.training.throughput import Throughput, peak_tflops
 from opd_megatron.training.writers import Writer, make_writer
 
 
@@ -79,6 +80,7 @@ class Parts:
     align: Callable[[Rollouts], Rollouts]
     objective: Objective
     importance: Importance
+    throughput: Throughput
     search: EffOPD | None = None
 
 
@@ -145,6 +147,16 @@ def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Brid
     student = Student(config, sources.student, groups, device)
     teacher = _build_teacher(config, config.teacher, sources, student, bridge, note) if sources.teacher is not None and config.teacher is not None else None
     sampler = make_sampler(student.model, groups, config, sources.student_text)
+    importance = Importance(config=config, vocab_size=sources.student_text.vocab_size)
+    throughput = Throughput(
+        student=sources.student.architecture,
+        teacher=sources.teacher.architecture if sources.teacher is not None else None,
+        num_ranks=len({*bridge.student_ranks, *bridge.teacher_ranks}),
+        student_ranks=len(bridge.student_ranks),
+        weighs=importance.rule is not None,
+        writes=config.training.objective == "opd" and not config.rollout.replay,
+        peak_tflops=peak_tflops(device, config.training.peak_tflops),
+    )
     return Parts(
         student=student,
         teacher=teacher,
@@ -152,7 +164,8 @@ def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Brid
         write=make_writer(config, run_dir, sampler, groups, sources.student_text.tokenizer),
         align=_make_alignment(sources),
         objective=_make_objective(config, student, teacher, sources),
-        importance=Importance(config=config, vocab_size=sources.student_text.vocab_size),
+        importance=importance,
+        throughput=throughput,
     )
 
 
@@ -224,14 +237,16 @@ def _make_alignment(sources: Sources) -> Callable[[Rollouts], Rollouts]:
 
 def _make_objective(config: RunConfig, student: Student, teacher: Teacher | None, sources: Sources) -> Objective:
     """Return what the configuration minimizes."""
-    tp_group, vocab_size = student.groups.collection.tp, sources.student_text.vocab_size
+    vocab_size = sources.student_text.vocab_size
+    shared: dict[str, Any] = {"loss": config.loss, "tp_group": student.groups.collection.tp, "student_softcap": student.architecture.logit_softcap}
     if teacher is None:
-        return SupervisedFineTuning(loss=config.loss, vocab_size=vocab_size, tp_group=tp_group)
+        return SupervisedFineTuning(vocab_size=vocab_size, **shared)
+    shared["teacher_softcap"] = teacher.logit_softcap
     if teacher.shard is not None:
-        return AlignedDistillation(loss=config.loss, alignment=config.alignment, shard=teacher.shard, tp_group=tp_group, teacher_head_CG=teacher.head_WG)
+        return AlignedDistillation(alignment=config.alignment, shard=teacher.shard, teacher_head_CG=teacher.head_WG, **shared)
     # Only at the temperature of the rollouts is the recomputed log-probability that of the sampler.
     knows_drift = config.loss.temperature == config.rollout.temperature and not config.rollout.replay
-    return Distillation(loss=config.loss, vocab_size=vocab_size, tp_group=tp_group, teacher_head_WG=teacher.head_WG, recompute_logp=knows_drift)
+    return Distillation(vocab_size=vocab_size, teacher_head_WG=teacher.head_WG, recompute_logp=knows_drift, **shared)
 
 
 def _evaluation_data(config: RunConfig) -> DataConfig:

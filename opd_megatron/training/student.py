@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -184,16 +184,26 @@ class Student:
         """Return this replica's share of a step."""
         return MicroBatches(rollouts=rollouts, plan=self.batches.plan(rollouts.num_tokens), groups=self.groups, teacher=teacher, device=self.device)
 
-    def train_step(self, micro_batches: MicroBatches, objective: Objective) -> tuple[LossSums, float, bool]:
-        """Return (sums, gradient norm, updated). A loss or gradient that is not finite changes no weight; all ranks decide alike."""
-        with self.optimizer_on_device():
-            return self._update(micro_batches, objective)
+    def train_step(
+        self, micro_batches: MicroBatches, objective: Objective, measured: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    ) -> tuple[LossSums, float, bool]:
+        """Return (sums, gradient norm, updated). A loss or gradient that is not finite changes no weight; all ranks decide alike.
 
-    def _update(self, micro_batches: MicroBatches, objective: Objective) -> tuple[LossSums, float, bool]:
+        `measured` is entered around its two parts, "forward_backward" and "optimizer".
+        """
+        with self.optimizer_on_device():
+            with measured("forward_backward"):
+                sums = self._make_gradients(micro_batches, objective)
+            with measured("optimizer"):
+                return sums, *self._update(sums)
+
+    def _make_gradients(self, micro_batches: MicroBatches, objective: Objective) -> LossSums:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._world_sums(self._run_schedule(micro_batches, partial(self._loss, objective), forward_only=False), objective)
+        return self._world_sums(self._run_schedule(micro_batches, partial(self._loss, objective), forward_only=False), objective)
+
+    def _update(self, sums: LossSums) -> tuple[float, bool]:
         norm = gradient_norm(self.optimizer)
         self.scheduler.step(increment=1)
         # A step without a single row has no gradient; Adam's momentum alone must not move the weights.
@@ -202,7 +212,7 @@ class Student:
             clip_and_update(self.optimizer, norm)
             if self.average is not None:
                 self.average.update()
-        return sums, norm, healthy
+        return norm, healthy
 
     def measure(self, micro_batches: MicroBatches, objective: Objective) -> LossSums:
         """Return the sums without gradients or update."""

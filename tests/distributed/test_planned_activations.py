@@ -40,7 +40,7 @@ def saved_bytes(config: RunConfig) -> int:
     length, limit = (config.data.max_prompt_tokens + config.rollout.max_response_tokens) // config.student.layout.context, config.training.micro_batch_tokens
     packed = packed_sequences([length] * (limit // length)) if limit is not None else None
     tokens_BS = torch.zeros((1, limit) if limit is not None else (config.training.micro_batch, length), dtype=torch.long)
-    usual, RMSNorm.forward = RMSNorm.forward, lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps)
+    usual, RMSNorm.forward = RMSNorm.forward, fused_norm
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), hidden_states_only(model):
             model.last(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None, packed_seq_params=packed)
@@ -53,6 +53,12 @@ def saved_bytes(config: RunConfig) -> int:
         return sum(num_bytes for place, num_bytes in kept.items() if place not in weights)
     # Matrices are no activations: weights, token ids, and the mask that attention over context ranks needs on CPU (flash attention needs none).
     return sum(storages(tensor for tensor in saved.values() if tensor.dim() > 2).values())
+
+
+def fused_norm(self: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    if not self.is_zero_centered:
+        return FusedRMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+    return FusedRMSNorm.apply(x.float(), 1 + self.weight.float(), self.eps).type_as(x)  # type: ignore[no-any-return]
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -85,6 +91,10 @@ def planned_activations(config: RunConfig) -> int:
         ("llama", {"tensor": 2, "sequence": True}, 1),
         ("student", {"context": 2}, 1),
         ("llama", {"context": 2}, 2),
+        ("gemma2", {}, 2),
+        ("gemma2", {"tensor": 2, "sequence": True}, 1),
+        ("gemma2", {"context": 2}, 1),
+        ("phi3", {"tensor": 2}, 2),
         ("mixture", {}, 2),
         ("mixture", {"expert": 2}, 2),
         ("mixture", {"expert": 2, "tensor": 2, "sequence": True}, 2),
@@ -169,6 +179,8 @@ def planned_forward(config: RunConfig) -> int:
         ("mixture", {}, [PACKED]),
         ("mixture", {"expert_tensor": 2}, [PACKED]),
         ("student", {"tensor": 2}, [PACKED, RECOMPUTED]),
+        ("gemma2", {}, [PACKED]),
+        ("phi3", {}, [RECOMPUTED]),
     ],
 )
 def test_autograd_saves_what_was_planned_of_packs_and_recomputed_layers(
@@ -231,6 +243,7 @@ def test_stages_hold_as_many_micro_batches_as_planned(
     ("student", "layout", "world_size"),
     [
         ("wide", {}, 2),
+        ("wide_gemma2", {}, 2),
         ("wide_mixture", {}, 2),
         ("wide_mixture", {"expert": 2}, 2),
         ("wide_mixture", {"tensor": 2}, 2),

@@ -73,6 +73,8 @@ PARAMETERS = {
     "Llama-3.2-3B-Instruct": 3_212_749_824,
     "Llama-3.1-8B-Instruct": 8_030_261_248,
     "Llama-3.3-70B-Instruct": 70_553_706_496,
+    "gemma-2-2b-it": 2_614_341_888,
+    "Phi-4-mini-instruct": 3_836_021_760,
 }
 
 

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from opd_megatron.config import LossConfig, PrivilegedConfig, RunConfig, TeacherConfig
+from opd_megatron.models.checkpoint_weights import CheckpointWeights
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.models.weight_slices import to_hf
-from opd_megatron.models.weights import CheckpointWeights, open_weights
+from opd_megatron.models.weights import open_weights
 from opd_megatron.parallel.groups import student_groups
 from opd_megatron.parallel.world import worlds
 from opd_megatron.rollout.rollouts import replay_rollouts

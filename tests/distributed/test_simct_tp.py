@@ -21,7 +21,7 @@ SIZES = ({"student_vocab": 29}, {"student_vocab": 24, "teacher_vocab": 10, "num_
 NUM_COLUMNS = 32
 
 
-def _on_this_rank(case, group, *, divergence=simct_divergence, eos=None, **options):
+def _on_this_rank(case, group, *, divergence=simct_divergence, eos=None, softcaps=(None, None), **options):
     """Return the rank's arguments, and its leaves of the student's hidden states and head."""
     (hidden, head, teacher_hidden, teacher_head), *_ = case
     width = NUM_COLUMNS // group.size()
@@ -30,12 +30,12 @@ def _on_this_rank(case, group, *, divergence=simct_divergence, eos=None, **optio
     leaves = hidden.clone().requires_grad_(), padded[group.rank() * width :][:width].clone().requires_grad_()
     if divergence is simct_divergence:
         options = {"scoring": Scoring(**options)}
-    return lambda: divergence(
-        *leaves, teacher_hidden, teacher_head[shard.teacher_ids_C], rows_of(case), shard, tp_group=group, chunk_tokens=5, **options
-    ), leaves
+    shared = {"tp_group": group, "chunk_tokens": 5, "student_softcap": softcaps[0], "teacher_softcap": softcaps[1]}
+    models = (*leaves, teacher_hidden, teacher_head[shard.teacher_ids_C])
+    return lambda: divergence(*models, rows_of(case), shard, **shared, **options), leaves
 
 
-def _errors(case, group, naive, **options):
+def errors_of(case, group, naive, **options):
     run, (hidden, head) = _on_this_rank(case, group, **options)
     result = run()
     result.loss_sum.backward()
@@ -61,7 +61,7 @@ def simct_errors(tp_size):
         naive = {name: value for name, value in options.items() if name != "eos"}
         for seed, sizes in enumerate(SIZES):
             case = case_for(options, seed, num_units=7, dtype=torch.float32, **sizes)
-            found.append((str(options), seed, _errors(case, group, {"eos": options.get("eos"), **naive}, **options)))
+            found.append((str(options), seed, errors_of(case, group, {"eos": options.get("eos"), **naive}, **options)))
     return found
 
 
@@ -71,7 +71,7 @@ def uld_errors(tp_size):
     for top_k in (0, 6):
         for seed, sizes in enumerate(SIZES):
             case = one_token_each(random_case(seed, num_units=7, dtype=torch.float32, **sizes))
-            found.append((top_k, seed, _errors(case, group, {"loss": naive_uld, "top_k": top_k}, divergence=uld_divergence, top_k=top_k)))
+            found.append((top_k, seed, errors_of(case, group, {"loss": naive_uld, "top_k": top_k}, divergence=uld_divergence, top_k=top_k)))
     return found
 
 

@@ -145,7 +145,7 @@ def test_bf16_trains_with_fp32_masters(models: Path, pool: RankPool, tmp_path: P
 
 
 def _converted(models: Path, out: Path) -> None:
-    from opd_megatron.models.convert import write_checkpoint
+    from opd_megatron.conversion.to_megatron import write_checkpoint
     from opd_megatron.models.weights import open_weights
 
     for role in ("student", "teacher"):

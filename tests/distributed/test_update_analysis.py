@@ -21,10 +21,11 @@ from opd_megatron.analysis.experiments import EditedModel, plan_experiments
 from opd_megatron.analysis.measure import measure
 from opd_megatron.analysis.updates import open_run
 from opd_megatron.config import CheckpointConfig, ParallelLayout, RunConfig, apply_overrides, from_json
+from opd_megatron.models.checkpoint_weights import CheckpointWeights
 from opd_megatron.models.gpt import build_gpt
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.models.weight_slices import to_hf
-from opd_megatron.models.weights import CheckpointWeights, named_global_parameters, open_weights
+from opd_megatron.models.weights import named_global_parameters, open_weights
 from opd_megatron.parallel.groups import student_groups
 from opd_megatron.training.checkpoint import CheckpointFolder
 from opd_megatron.training.student import Student

@@ -106,6 +106,22 @@ def test_a_value_takes_the_type_of_its_field(word: str, expected: Any) -> None:
     assert type(value) is type(expected)
 
 
+SECRETS = ("https://me:geheim@host/data.jsonl", "s3://key:secret@bucket", "hf_abcdefghijABCDEFGHIJ0123456789", "x/ghp_abcdefghijABCDEFGHIJ0123456789")
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_password_or_token_is_refused_and_not_repeated(secret: str) -> None:
+    message = refusal(f"data.prompts={secret}")
+    assert message.startswith("data.prompts holds what looks like a password or a token")
+    assert "HF_TOKEN" in message
+    assert secret not in message
+
+
+@pytest.mark.parametrize("value", ["https://host:8080/data.jsonl", "reasoning_gym:spell_backward", "/models/hf_export/qwen", "user@host:/data", "hf_a"])
+def test_what_is_no_secret_is_taken(value: str) -> None:
+    assert apply_overrides(BASE, [f"data.prompts={value}"]).data.prompts == value
+
+
 @pytest.mark.parametrize("word", ["null", "None", "none", ""])
 def test_an_optional_field_can_be_emptied(word: str) -> None:
     config = dataclasses.replace(BASE, loss=LossConfig(pointwise_clip=0.5, chunk_tokens=8))

@@ -25,24 +25,29 @@ ALLOWED = {
     **{part: {"parallel", "config"} for part in PARTS},
     # A loss over aligned units is one of the fused head's.
     "align": {"losses"},
+    # Formats of checkpoints; only tools import it.
+    "conversion": {"models", "parallel", "config"},
     "rollout": PARTS | {"parallel", "config"},
     "teacher": PARTS | {"rollout", "parallel", "config"},
     "evaluation": PARTS | {"rollout", "parallel", "config"},
-    "training": PARTS | {"rollout", "teacher", "evaluation", "parallel", "config", "reporting"},
+    "training": PARTS | {"conversion", "rollout", "teacher", "evaluation", "parallel", "config", "reporting"},
     # Nobody but tools imports it: a run does not depend on its plan. It plans messages by the teacher's own routing of samples.
     "planning": {"models", "losses", "data", "teacher", "parallel", "config"},
     # Nor does one on what is made of it afterwards. It evaluates as the run did.
     "analysis": {"models", "training", "parallel", "config", "reporting"},
     # Leaves: anyone above may use them, they use nobody.
     "reporting": set(),
-    "launch": set(),
+    # A launch asks a run directory whether a job is at work in it.
+    "launch": {"reporting"},
 }
 # Pure functions of tensors and groups.
 PURE = {"losses": {"torch", "triton"}, "align": {"numpy", "torch", "triton", "transformers"}}
 FOREIGN = {
     # The library's own top imports it first, in its own way, for all of them.
-    "megatron": {"", "models", "parallel", "rollout", "teacher", "training", "planning"},
-    "transformers": {"models", "data", "align", "tools"},
+    "megatron": {"", "models", "conversion", "parallel", "rollout", "teacher", "training", "planning"},
+    "transformers": {"models", "conversion", "data", "align", "tools"},
+    # Compared with where it is installed, inside functions.
+    "mbridge": {"conversion"},
     "nemo_run": {"launch"},
     # Chosen through Megatron-Core's own layer specs.
     "transformer_engine": set(),
@@ -54,8 +59,13 @@ WITHOUT_TORCH = (
     "opd_megatron/config",
     "opd_megatron/launch",
     "opd_megatron/reporting/run_directory.py",
+    "opd_megatron/reporting/watch.py",
+    "tools/watch.py",
     "opd_megatron/models/architecture.py",
     "opd_megatron/models/hf_folder.py",
+    "opd_megatron/models/file_digests.py",
+    "opd_megatron/conversion/command_line.py",
+    "opd_megatron/conversion/unfinished.py",
     "opd_megatron/training/preflight.py",
     "recipes",
 )

@@ -8,10 +8,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_megatron.losses import fused_head_cross_entropy, fused_head_divergence
+from opd_megatron.losses import fused_head_cross_entropy, fused_head_divergence, token_statistics
 
 HIDDEN, COLUMNS = 16, 1024
 CASES = [{"kind": "reverse_kl"}, {"kind": "forward_kl"}, {"kind": "jsd"}, {"kind": "skew_forward"}, {"kind": "topk_tail_reverse"}, {"kind": "k3"}]
+
+
+BOTH_CAPS = {"student_softcap": 2.0, "teacher_softcap": 3.0}
 
 
 class PeakBytes(TorchDispatchMode):
@@ -76,6 +79,27 @@ def test_peak_memory_does_not_grow_with_tokens(case):
     assert small < 12 * chunk_bytes
     for num_tokens, extra in zip((4096, 16384), large):
         assert extra - small <= 32 * (num_tokens - 1024)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_soft_cap_costs_one_chunk_of_the_student(case):
+    """Its damping of the gradient, at any T; the teacher's, and statistics without a gradient, cost nothing."""
+    plain, teachers, both, longer = (
+        extra_bytes(case | caps, num_tokens) for caps, num_tokens in (({}, 1024), ({"teacher_softcap": 3.0}, 1024), (BOTH_CAPS, 1024), (BOTH_CAPS, 4096))
+    )
+    assert teachers == plain
+    assert both == plain + 64 * COLUMNS * 4
+    assert longer - both <= 32 * (4096 - 1024)
+
+
+def test_statistics_under_a_soft_cap_need_no_more_memory():
+    models = [tensor.detach() for tensor in head_problem(1024)]
+    peaks = []
+    for caps in ({}, BOTH_CAPS):
+        with PeakBytes(models) as peak:
+            token_statistics(*models, chunk_tokens=64, **caps)
+        peaks.append(peak.peak_bytes)
+    assert peaks[0] == peaks[1]
 
 
 def test_the_fused_head_needs_less_than_a_tenth_of_full_logits():

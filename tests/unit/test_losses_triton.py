@@ -26,6 +26,7 @@ if not triton.knobs.runtime.interpret:
 from opd_megatron.losses import triton_divergence, triton_kernels  # noqa: E402
 from opd_megatron.losses.full_divergence import FULL_KINDS, Divergence  # noqa: E402
 from opd_megatron.losses.fused_head import FusedDivergence, fused_head_divergence, token_statistics  # noqa: E402
+from opd_megatron.losses.logit_scaling import LogitScaling  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS: dict[str, dict[str, object]] = {
@@ -99,6 +100,41 @@ def test_kernels_give_the_loss_and_gradients_of_fp64(by_kernels: Callable[[bool]
     assert _relative(hidden.double(), exact_hidden) < 1e-5
     assert _relative(head.double(), exact_head) < 1e-5
     assert (head[97:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd clipped"])
+def test_capped_logits_by_kernels_give_those_of_fp64(by_kernels: Callable[[bool], None], name: str) -> None:
+    """Both models' caps, a temperature, rows without weight; the statistics as well."""
+    inputs = _inputs(7, 101, 2.0)
+    caps = {"student_softcap": 2.0, "teacher_softcap": 3.0, "vocab_size": 97, "temperature": 1.3, "chunk_tokens": 3}
+    options = {**KINDS[name], "token_weight_T": torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0, 1.0, 1.0]), **caps}
+    wide = tuple(tensor.double() for tensor in inputs)
+    by_kernels(False)
+    exact, exact_hidden, exact_head = _run(wide, **options)
+    exact_statistics = token_statistics(*wide, **caps)  # type: ignore[arg-type]
+    by_kernels(True)
+    ours, hidden, head = _run(inputs, **options)
+    statistics = token_statistics(*inputs, **caps)  # type: ignore[arg-type]
+    assert torch.allclose(ours.divergence_T.double(), exact.divergence_T, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(statistics.forward_kl_T.double(), exact_statistics.forward_kl_T, rtol=1e-5, atol=1e-6)
+    assert _relative(hidden.double(), exact_hidden) < 1e-5
+    assert _relative(head.double(), exact_head) < 1e-5
+
+
+@pytest.mark.parametrize(("on", "temperature"), [(True, 1.0), (True, 0.7), (False, 0.7)])
+def test_the_cap_keeps_its_precision(by_kernels: Callable[[bool], None], on: bool, temperature: float) -> None:
+    """By its kernel and by torch, from 1e-20 to far beyond the cap, of either sign; its damping of the gradient too, small there. A NaN stays one."""
+    by_kernels(on)
+    values = torch.cat([-torch.logspace(2.4, -20, 500), torch.zeros(1), torch.logspace(-20, 2.4, 500)])[None].repeat(2, 1)
+    values[1, 7] = math.nan
+    logits, damping = values.clone(), torch.empty_like(values)
+    LogitScaling(softcap=30.0, temperature=temperature).apply_(logits, damping)
+    tanh = torch.tanh(values[0].double() / 30)
+    exact, exact_damping = 30 * tanh / temperature, 1 / torch.cosh(values[0].double() / 30) ** 2
+    assert ((logits[0] - exact).abs() <= 1e-6 * exact.abs()).all()
+    assert ((damping[0] - exact_damping).abs() <= 3e-6 * exact_damping).all()
+    assert logits[1].isnan().nonzero().tolist() == damping[1].isnan().nonzero().tolist() == [[7]]
+    assert torch.equal(LogitScaling(softcap=30.0, temperature=temperature).apply_(values.clone())[0], logits[0])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -216,7 +252,7 @@ def test_every_variant_compiles_for_a_gpu_and_keeps_its_numbers_in_registers(tmp
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr
     variants = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(variants) == 1 + 2 * 2 * len(FULL_KINDS)
+    assert len(variants) == 2 + 2 * 2 * len(FULL_KINDS)
     for variant in variants:
         assert variant["reg"] <= 128, variant
         assert variant["stack"] + variant["local"] <= 16, variant

@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 PADDING = 5
 
 
-def ours(case, *, divergence=simct_divergence, eos=None, weight_N=None, chunk_tokens=None, temperature=1.0, **options):
+def ours(case, *, divergence=simct_divergence, eos=None, weight_N=None, chunk_tokens=None, temperature=1.0, softcaps=(None, None), **options):
     """Return result, losses by unit, and gradients; the student's head has padded rows that would win every softmax."""
     (hidden, head, teacher_hidden, teacher_head), *_ = case
     padded = torch.cat([head, head.new_full((PADDING, head.size(1)), 50.0)])
@@ -31,7 +31,8 @@ def ours(case, *, divergence=simct_divergence, eos=None, weight_N=None, chunk_to
     if divergence is simct_divergence:
         options = {"scoring": Scoring(**options)}
     models = (hidden, padded, teacher_hidden, teacher_head[shard.teacher_ids_C])
-    result = divergence(*models, rows, shard, unit_weight_N=weight_N, chunk_tokens=chunk_tokens, temperature=temperature, **options)
+    shared = {"temperature": temperature, "student_softcap": softcaps[0], "teacher_softcap": softcaps[1]}
+    result = divergence(*models, rows, shard, unit_weight_N=weight_N, chunk_tokens=chunk_tokens, **shared, **options)
     result.loss_sum.backward()
     assert not padded.grad[len(head) :].any()
     return result, result.divergence_T[rows.student_first_N], hidden.grad, padded.grad[: len(head)]

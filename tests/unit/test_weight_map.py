@@ -25,13 +25,16 @@ MAPPED = {
     "qwen3": architecture_of("qwen3", head_dim=24),
     "qwen3_moe": architecture_of("qwen3_moe", head_dim=24, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=40),
     "llama": architecture_of("llama"),
+    "mistral": architecture_of("mistral", head_dim=24),
+    "gemma2": architecture_of("gemma2", head_dim=24),
+    "phi3": architecture_of("phi3"),
     "llama, one query head a group": architecture_of("llama", num_key_value_heads=8),
 }
 
 
 def random_parts(row: MappedTensor, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in row.part_shapes]
+    return [torch.randn(shape, generator=generator) for shape in row.hf_shapes]
 
 
 def rows_of(architecture: Architecture) -> list[tuple[MappedTensor, torch.Tensor]]:
@@ -51,7 +54,7 @@ def test_to_hf_inverts_to_megatron_in_every_row(family: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(parts, back.values(), strict=True)), row.megatron
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma2", "phi3"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_map_names_every_tensor_of_transformers_model_once(family: str, tied: bool, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", family, tied=tied, num_hidden_layers=2)
@@ -61,7 +64,7 @@ def test_the_map_names_every_tensor_of_transformers_model_once(family: str, tied
     assert sorted(named) == sorted(stored)
     assert len({row.name for row in rows}) == len(rows)
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
-        name: shape for row in rows for name, shape in zip(row.hf, row.part_shapes, strict=True)
+        name: shape for row in rows for name, shape in zip(row.hf, row.hf_shapes, strict=True)
     }
 
 
@@ -83,8 +86,10 @@ def test_query_key_and_value_are_interleaved_by_group(family: str) -> None:
     rows = [row for row in weight_map(architecture) if row.kind == "qkv"]
     assert len(rows) == architecture.num_layers * (2 if architecture.qkv_bias else 1)
     for row in rows:
-        query, key, value = random_parts(row)
-        assert torch.equal(to_megatron(row, [query, key, value], architecture), naive_interleaving(query, key, value, architecture))
+        tensors = random_parts(row)
+        # phi3 stores the three in one tensor, all queries first.
+        query, key, value = tensors if len(tensors) == 3 else tensors[0].split([shape[0] for shape in row.part_shapes])
+        assert torch.equal(to_megatron(row, tensors, architecture), naive_interleaving(query, key, value, architecture))
 
 
 def test_a_part_of_another_shape_is_refused_by_name() -> None:

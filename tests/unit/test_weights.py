@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from opd_megatron.models import weights
+from opd_megatron.conversion.hashed_file import HashedFile
+from opd_megatron.conversion.to_hf import export_hf
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.models.weight_slices import to_hf
-from opd_megatron.models.weights import export_hf, open_weights
+from opd_megatron.models.weights import open_weights
 from tests.model_configs import edit_json, refusal
 from tests.tiny import write_tiny_model
 
@@ -96,10 +97,9 @@ def test_a_tied_head_may_be_stored_a_second_time_and_an_untied_one_must_be_there
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3"])
 @pytest.mark.parametrize("shard_bytes", [1, 40_000, 10**9], ids=["one tensor a shard", "some shards", "one file"])
-def test_an_export_in_shards_is_bit_equal_and_loads_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, shard_bytes: int) -> None:
+def test_an_export_in_shards_is_bit_equal_and_loads_in_transformers(tmp_path: Path, family: str, shard_bytes: int) -> None:
     folder = write_tiny_model(tmp_path / "hf", family, vocab_size=263, num_hidden_layers=2)
-    monkeypatch.setattr(weights, "_MAX_SHARD_BYTES", shard_bytes)
-    export_hf(open_weights(hf=str(folder)), tmp_path / "out")
+    export_hf(open_weights(hf=str(folder)), tmp_path / "out", max_shard_bytes=shard_bytes)
     original = load_file(folder / "model.safetensors")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     shards = [load_file(file) for file in files]
@@ -150,7 +150,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(ValueError, match=r"mlp\.linear_fc2\.weight holds 1 values that are not finite"):
+    with pytest.raises(ValueError, match=r"mlp\.linear_fc2\.weight \(\S+\) holds 1 values that are not finite"):
         export_hf(open_weights(hf=str(broken)), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -161,7 +161,7 @@ def test_an_export_that_breaks_off_leaves_no_folder(folder: Path, tmp_path: Path
 
     source = open_weights(hf=str(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", disk_full)
+        patch.setattr(HashedFile, "write", disk_full)
         with pytest.raises(ValueError, match="out cannot be written: no space left"):
             export_hf(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
