@@ -31,6 +31,10 @@ def import_megatron() -> None:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     import torch
 
+    from opd_megatron.packages import probe_all
+
+    # Megatron-Core imports these packages itself, and one that is broken would break it.
+    probe_all()
     compiler = torch.compile
     if not torch.cuda.is_available():
         torch.compile = lambda function: function  # type: ignore[assignment]

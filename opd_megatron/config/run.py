@@ -59,6 +59,8 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     clip_grad: float = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
+    # Layers of both models: Transformer Engine's, or Megatron-Core's local ones with our attention; auto takes the first where the package works.
+    layers: Literal["auto", "te", "local"] = "auto"
     # full: keep the inputs of layers only, and compute each layer again in the backward (Megatron's uniform recomputation).
     recompute: Literal["none", "full"] = "none"
     # Keep optimizer state on the host, and no gradient buffers, while the student writes and the teacher scores.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+# More jobs than the tests of one Slurm submit.
+JOBS_OF_A_CLUSTER = 200
 
 _MUNGE_FILES = {"socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munged.seed"}
 _CONF = """\
@@ -60,6 +65,8 @@ class Cluster:
 
     folder: Path
     environment: dict[str, str]
+    # Locked as long as this Slurm's job numbers are its own.
+    job_numbers: TextIO
 
     def run(self, *command: str, cwd: Path | None = None, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a Slurm command."""
@@ -77,7 +84,7 @@ class Cluster:
         """Return what Slurm knows of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", str(job)).stdout))
 
-    def wait(self, job: int, *states: str, timeout: float = 240) -> dict[str, str]:
+    def wait(self, job: int, *states: str, timeout: float = 600) -> dict[str, str]:
         """Return a job's facts once it is in one of these states; AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -94,6 +101,7 @@ class Cluster:
                     os.kill(int(pid), signal.SIGTERM)
                 except ProcessLookupError:
                     continue
+        self.job_numbers.close()
 
 
 def missing_programs() -> list[str]:
@@ -104,6 +112,7 @@ def missing_programs() -> list[str]:
 def start_cluster(folder: Path, num_nodes: int = 2, *, slurmd_timeout: int = 300) -> Cluster:
     """Start a Slurm of `num_nodes` nodes with 16 CPUs and 8 GPUs each, all on this machine. A node is lost that is silent for `slurmd_timeout` seconds."""
     host = socket.gethostname().split(".")[0]
+    first_job, job_numbers = _reserve_job_numbers()
     ports = _free_ports(num_nodes + 1)
     (folder / "state").mkdir(parents=True)
     key = folder / "munge.key"
@@ -121,9 +130,8 @@ def start_cluster(folder: Path, num_nodes: int = 2, *, slurmd_timeout: int = 300
             control_port=ports[0],
             nodes=f"n[1-{num_nodes}]",
             ports=",".join(map(str, ports[1:])),
-            # Ports of jobs are made of their numbers: other Slurms of this machine shall have others.
             slurmd_timeout=slurmd_timeout,
-            first_job=1000 + os.getpid() % 8000,
+            first_job=first_job,
         )
     )
     fakes = folder / "gpus"
@@ -131,7 +139,7 @@ def start_cluster(folder: Path, num_nodes: int = 2, *, slurmd_timeout: int = 300
     for number in range(8):
         (fakes / f"gpu{number}").touch()
     (folder / "gres.conf").write_text("AutoDetect=off\n" + f"NodeName=n[1-{num_nodes}] Name=gpu File={fakes}/gpu[0-7]\n")
-    cluster = Cluster(folder=folder, environment={**_clean_environment(), "SLURM_CONF": str(conf)})
+    cluster = Cluster(folder=folder, environment={**_clean_environment(), "SLURM_CONF": str(conf)}, job_numbers=job_numbers)
     subprocess.run(["slurmctld", "-c", "-f", str(conf)], check=True, timeout=30, env=cluster.environment)
     for node in nodes:
         (folder / f"spool.{node}").mkdir()
@@ -147,6 +155,21 @@ def start_cluster(folder: Path, num_nodes: int = 2, *, slurmd_timeout: int = 300
 
 def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "OPD_"))}
+
+
+def _reserve_job_numbers() -> tuple[int, TextIO]:
+    """Return the first number of a block that no other Slurm of this machine counts in, and its locked file: ports of jobs are made of their numbers."""
+    folder = Path(tempfile.gettempdir()) / "opd-slurm-job-numbers"
+    folder.mkdir(exist_ok=True)
+    for first in range(1000, 10000, JOBS_OF_A_CLUSTER):
+        file = (folder / str(first)).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+        else:
+            return first, file
+    raise AssertionError(f"every block of job numbers is taken: {folder}")
 
 
 def _free_ports(number: int) -> list[int]:
