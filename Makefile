@@ -49,7 +49,7 @@ models: setup
 	done
 
 test: $(TEST_STAMP) $(LAUNCH_STAMP)
-	$(RUN) -m pytest $(WORKERS) -m "not slow and not gpu"
+	$(RUN) -m pytest $(WORKERS) -m "not slow and not gpu" $(PYTEST_OPTIONS)
 
 test-slow: $(TEST_STAMP) $(LAUNCH_STAMP)
 	$(RUN) -m pytest $(WORKERS) -m "slow and not gpu" $(PYTEST_OPTIONS)

@@ -54,7 +54,7 @@ def pid_of_rank(run: Path, rank: int) -> int:
     raise AssertionError(f"rank {rank} of {run} is not running")
 
 
-def wait_until(holds: Callable[[], object], what: str, timeout: float = 300) -> None:
+def wait_until(holds: Callable[[], object], what: str, timeout: float = 600) -> None:
     """Return as soon as it holds; AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not holds():
@@ -70,7 +70,7 @@ def end_of(cluster: Cluster, job: int, timeout: float = 300) -> dict[str, str]:
 def weights_of_an_undisturbed_run(run: Path, *words: str) -> dict[str, torch.Tensor]:
     """Return the student that the same run exports on this machine, where nobody stops it."""
     command = [sys.executable, "-m", "recipes.run", "quickstart", "--nproc-per-node", "4", "--run-dir", str(run), *words]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
     return load_file(run / "hf" / "model.safetensors")
 
 

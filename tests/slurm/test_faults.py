@@ -249,7 +249,7 @@ def test_a_job_that_is_requeued_while_it_exports_exports_again(cluster: Cluster,
     job = submit(cluster, run, *small_run, *STEPS)
     wait_until(lambda: (run / "checkpoints" / "step_30").exists(), "the last step is saved")
     cluster.run("scontrol", "requeue", str(job))
-    facts = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout=300)
+    facts = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(run)
     assert status_of(run) == "finished"
     assert_same_weights(run, whole)
@@ -290,7 +290,7 @@ def test_a_stop_while_the_controller_is_away_is_queued_again_when_it_is_back(
     os.kill(pid_of_rank(run, 0), signal.SIGTERM)
     wait_until(lambda: "waiting for Slurm's controller" in log_of(run), "the script asks for the controller")
     subprocess.run(["slurmctld", "-f", str(cluster.folder / "slurm.conf")], check=True, timeout=30, env=cluster.environment)
-    facts = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout=180)
+    facts = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(run)
     assert_same_weights(run, whole)
 
@@ -384,7 +384,7 @@ def test_clocks_that_disagree_change_nothing(cluster: Cluster, small_run: list[s
     later = time.time() + 7200
     os.utime(run / "logs" / "attempt_0", (later, later))
     term_ranks(cluster, job, run)
-    facts = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout=180)
+    facts = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(run)
     assert_same_weights(run, whole)
 
@@ -517,7 +517,7 @@ def test_slurm_runs_the_job_of_a_lost_node_again_on_others(
             send(lost, LOSSES[kind])
             wait_until(lambda: "DOWN" in state_of_node(three_nodes, node), "the node is given up")
         send(lost, signal.SIGKILL)
-        facts = three_nodes.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout=240)
+        facts = three_nodes.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(run)
     assert node not in facts["NodeList"]
     assert "resumed from" in (run / "logs" / "latest" / "rank_0.log").read_text()

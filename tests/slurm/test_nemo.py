@@ -188,6 +188,6 @@ def test_waiting_for_an_interrupted_run_that_may_not_restart_ends_with_75(cluste
     ) as waiting:
         wait_for_steps(run, 2, job_log)
         cluster.run("scancel", "--signal=TERM", "--name=opd-train")
-        _, told = waiting.communicate(timeout=300)
+        _, told = waiting.communicate(timeout=600)
     assert waiting.returncode == 75, told
     assert status_of(run) == "interrupted"
