@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.slurm.cluster import Cluster, missing_programs, start_cluster
+from tests.slurm.jobs import STEPS, weights_of_an_undisturbed_run
 from tests.tiny import write_tiny_model
 
 
@@ -33,3 +35,9 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("data.task_options={}", "data.batch_prompts=8", "data.grader=exact", "training.micro_batch=4", "evaluation.prompts=0"),
         *("student.layout.tensor=1", "student.layout.pipeline=2", "teacher.self_test=false"),
     ]
+
+
+@pytest.fixture(scope="module")
+def whole(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a run that nothing disturbed."""
+    return weights_of_an_undisturbed_run(tmp_path_factory.mktemp("whole") / "run", *small_run, *STEPS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from tests.slurm.cluster import Cluster
 
 # As on a cluster of eight GPUs a node, of which the jobs here take two.
 SITE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=1:00:00")
+# What `whole` and every run that must end with its bits share.
+STEPS = ("training.steps=30", "checkpoint.every_steps=5")
+ENDLESS = ("training.steps=5000", "checkpoint.every_steps=5")
 
 
 def submit(cluster: Cluster, run: Path, *words: str, site: tuple[str, ...] = SITE, **variables: str) -> int:
@@ -25,8 +29,8 @@ def submit(cluster: Cluster, run: Path, *words: str, site: tuple[str, ...] = SIT
 
 
 def wait_for_steps(run: Path, steps: int, log: Callable[[Path], str] | None = None) -> None:
-    """Wait until a run has done so many steps; AssertionError with its job's log after four minutes."""
-    deadline = time.monotonic() + 240
+    """Wait until a run has done so many steps; AssertionError with its job's log after ten minutes."""
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= steps:
             return
@@ -79,3 +83,13 @@ def assert_same_weights(run: Path, whole: dict[str, torch.Tensor]) -> None:
     found = load_file(run / "hf" / "model.safetensors")
     assert found.keys() == whole.keys()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+@contextlib.contextmanager
+def measured(what: str, limit: float) -> Iterator[None]:
+    """Say how many seconds it took, and fail above a limit."""
+    started = time.monotonic()
+    yield
+    seconds = time.monotonic() - started
+    print(f"{what}: {seconds:.0f} s")
+    assert seconds < limit
