@@ -22,7 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.moe import moe_utils
 
 # Before 0.19 plain values are in this file; since then they are one more object among the tensors.
@@ -61,7 +61,7 @@ class _Without(logging.Filter):
         return not record.getMessage().startswith(self.beginning)
 
 
-def generating(cache: StaticInferenceContext | None) -> AbstractContextManager[None]:
+def generating(cache: BaseInferenceContext | None) -> AbstractContextManager[None]:
     """Return a context in which a forward with a cache gives the last position alone; for one without a cache it does nothing.
 
     To 0.17 a model in evaluation mode that gets a cache generates. Since 0.18 a flag of the process says so; without it all positions come back.

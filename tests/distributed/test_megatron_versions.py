@@ -71,7 +71,9 @@ def _hidden(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         prefill = forward_hidden(model, groups, tokens_BS[:, :4], cache)
         cache.enable_decode_mode()
         step = forward_hidden(model, groups, tokens_BS[:, 4:], cache)
-    assert whole is not None and prefill is not None and step is not None
+    assert whole is not None
+    assert prefill is not None
+    assert step is not None
     return whole, prefill, step
 
 
