@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.attention import SDPAttention
-from opd_megatron.parallel.megatron import route_without_transformer_engine
+from opd_megatron.parallel.megatron import feed_forward_parts, route_without_transformer_engine
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -76,6 +76,6 @@ def block_spec(architecture: Architecture, config: TransformerConfig, stage: int
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if architecture.norms_outputs:
-        attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+        attention.linear_proj = feed_forward_parts(layer).linear_fc2 = NormedRowParallelLinear
     num_layers = get_num_layers_to_build(config, chunk, stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

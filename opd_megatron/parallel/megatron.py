@@ -6,6 +6,7 @@ What all of these versions lack alike stays where it is needed (`training/optimi
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import queue
@@ -24,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 # Before 0.19 plain values are in this file; since then they are one more object among the tensors.
 PLAIN_VALUES_FILE = "common.pt"
@@ -129,3 +131,12 @@ def route_without_transformer_engine() -> None:
     """Let a router compute without Transformer Engine: 0.16.1 asks `te_general_gemm is not None` of a name it then never bound. Delete from 0.17."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def feed_forward_parts(layer: ModuleSpec) -> Any:
+    """Return what a layer's feed-forward is made of, `linear_fc1` and `linear_fc2` among it, each to be replaced.
+
+    To 0.17 it is in a ModuleSpec, since 0.18 in a partial call. Delete the question when the range begins at 0.18.
+    """
+    made = layer.submodules.mlp
+    return made.keywords["submodules"] if isinstance(made, functools.partial) else made.submodules
