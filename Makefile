@@ -6,6 +6,10 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 LAUNCH_VENV := .venv-launch
 LAUNCH_STAMP := $(LAUNCH_VENV)/.installed
+# The tested set is of the oldest Megatron-Core that is admitted; this is the newest.
+NEWEST_MEGATRON := 0.19.2
+NEWEST_VENV := .venv-newest
+NEWEST_STAMP := $(NEWEST_VENV)/.installed-$(NEWEST_MEGATRON)
 QUICKSTART_DIR ?= runs/quickstart
 # Two files of tests at a time: much of a test is waiting.
 WORKERS ?= --numprocesses 2 --dist loadfile
@@ -13,7 +17,7 @@ WORKERS ?= --numprocesses 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-slow lint models clean
+.PHONY: setup quickstart test test-slow test-newest lint models clean
 
 setup: $(STAMP)
 
@@ -36,6 +40,14 @@ $(LAUNCH_STAMP): .ci/constraints-launch.txt
 	$(LAUNCH_VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r .ci/constraints-launch.txt
 	touch $(LAUNCH_STAMP)
 
+# Everything of $(VENV) but its Megatron-Core, which the newest one hides. It declares Python 3.12 or newer and works on 3.11 too; hence without that check.
+$(NEWEST_STAMP): $(TEST_STAMP)
+	$(RUN) -m venv $(NEWEST_VENV)
+	$(RUN) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$($(NEWEST_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tested_set.pth
+	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python megatron-core==$(NEWEST_MEGATRON)
+	touch $(NEWEST_STAMP)
+
 quickstart: setup
 	$(RUN) -m recipes.run quickstart --nproc-per-node 4 --run-dir $(QUICKSTART_DIR) $(QUICKSTART_OPTIONS)
 	$(RUN) tools/show_answers.py $(QUICKSTART_DIR)
@@ -54,10 +66,19 @@ test: $(TEST_STAMP) $(LAUNCH_STAMP)
 test-slow: $(TEST_STAMP) $(LAUNCH_STAMP)
 	$(RUN) -m pytest $(WORKERS) -m "slow and not gpu" $(PYTEST_OPTIONS)
 
+# The suite and the quickstart's first steps with the newest Megatron-Core, but for tests/slurm and tests/browser, which no version of it changes.
+test-newest: $(NEWEST_STAMP)
+	@$(NEWEST_VENV)/bin/python -c "import sys; from importlib.metadata import version; \
+	  declared = sys.version_info >= (3, 12); \
+	  print('megatron-core', version('megatron-core'), 'on Python', sys.version.split()[0], '' if declared else '(not a declared combination: it asks for 3.12)')"
+	$(NEWEST_VENV)/bin/python -m pytest $(WORKERS) -m "not slow and not gpu" --ignore tests/slurm --ignore tests/browser $(PYTEST_OPTIONS)
+	rm -rf runs/newest
+	$(NEWEST_VENV)/bin/python -m recipes.run quickstart --nproc-per-node 4 --run-dir runs/newest training.steps=10
+
 lint: $(TEST_STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) $(LAUNCH_VENV) runs
+	rm -rf $(VENV) $(LAUNCH_VENV) $(NEWEST_VENV) runs

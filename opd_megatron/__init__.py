@@ -22,6 +22,8 @@ def import_megatron() -> None:
         "`torch.distributed.* is deprecated.*",
         # Advice for GPUs of one generation; where it applies, the launcher sets the variable.
         "When using async grad allreduce it is recommended.*",
+        # Parts of 0.17 and newer that only come along.
+        ".*is experimental and still under active development.*",
         # A checkpoint is read by one process on purpose.
         "torch.distributed is disabled, unavailable or uninitialized.*",
     ):

@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 from opd_megatron.models.gpt import ModelChunks, hidden_states_only
 from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.parallel.megatron import generating
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def _forward(model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Tensor, c
     batch, length = tokens_BS.shape
     offset = cache.sequence_len_offset if cache is not None else 0
     positions_BS = torch.arange(offset, offset + length, device=tokens_BS.device).expand(batch, -1)
-    with hidden_states_only(model):
+    with hidden_states_only(model), generating(cache):
         for chunk in model:
             if not chunk.pre_process:
                 received = torch.empty(length, batch, model.config.hidden_size, dtype=model.config.pipeline_dtype, device=tokens_BS.device)

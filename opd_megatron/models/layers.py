@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import RowParallelLinear
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.attention import SDPAttention
+from opd_megatron.parallel.megatron import feed_forward_parts, route_without_transformer_engine
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -66,7 +66,7 @@ def block_spec(architecture: Architecture, config: TransformerConfig, stage: int
     """Return the layers of one pipeline stage, or of one of its chunks."""
     layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     if config.num_moe_experts is not None:
-        _route_without_transformer_engine()
+        route_without_transformer_engine()
         # Transformer Engine's layers fuse this norm into no expert, so checkpoints know it by its own name.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.submodules.input_layernorm = RMSNorm
@@ -76,12 +76,6 @@ def block_spec(architecture: Architecture, config: TransformerConfig, stage: int
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if architecture.norms_outputs:
-        attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+        attention.linear_proj = feed_forward_parts(layer).linear_fc2 = NormedRowParallelLinear
     num_layers = get_num_layers_to_build(config, chunk, stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
-
-
-def _route_without_transformer_engine() -> None:
-    """Let a router compute without Transformer Engine: 0.16.1 asks `te_general_gemm is not None` of a name it then never bound. Delete from 0.17."""
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None

@@ -1,6 +1,6 @@
 """Megatron-Core on CPU and gloo: the smallest set of redirections, each with its reason. Nothing happens where CUDA is present.
 
-Measured with megatron-core 0.16.1. Megatron-Core has no CPU mode of its own; delete an entry when it gains one.
+Measured with megatron-core 0.16.1 and 0.19.2. Megatron-Core has no CPU mode of its own; delete an entry when it gains one.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def enable_cpu_backend() -> bool:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     # Called around timers and optimizer steps.
     torch.cuda.synchronize = lambda *_args, **_kwargs: None  # type: ignore[assignment]
+    # Before it reduces gradients, 0.19 lets the current stream wait for those that a CUDA graph made: there is no graph, and so no use of the stream.
+    torch.cuda.current_stream = lambda *_args: None  # type: ignore[assignment,return-value]
     # The model-parallel random number tracker forks the device generator.
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from opd_megatron.config import ParallelLayout
 from opd_megatron.parallel.layout import Cell, RankGrid
+from opd_megatron.parallel.megatron import quiet_advice
 
 # Megatron-Core's names for groups, and the axes of the grid along which their ranks differ.
 _GROUPS = {
@@ -90,6 +91,7 @@ class ModelGroups:
 
 def student_groups(layout: ParallelLayout, seed: int) -> ModelGroups:
     """Create the student's groups. They are also Megatron's global `parallel_state`, which parts of Megatron-Core still read."""
+    quiet_advice()
     grid = RankGrid(layout=layout, num_ranks=dist.get_world_size())
     parallel_state.initialize_model_parallel(
         layout.tensor,

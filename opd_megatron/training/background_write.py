@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from opd_megatron.models.file_digests import Digests, digest_of
+from opd_megatron.parallel.megatron import begin_save
 from opd_megatron.parallel.world import shared_errors
 
 # What is written for every file: in a process of its own, Megatron-Core also stops Python's garbage collection, which here would stop the trainer's.
@@ -33,15 +32,11 @@ class BackgroundWrite:
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, content: dict[str, Any], *, changes: Iterable[torch.Tensor]) -> None:
-        # Megatron's own queue would start a manager process on every rank.
-        filesystem_async._results_queue = queue.Queue()
-        request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, content_metadata=content)
-        assert request is not None, "an asynchronous save returns what is left to do"
-        self._request: AsyncRequest = request
+        self._request: AsyncRequest = begin_save(state, folder, content)
         self._folder = folder
         self._error: OSError | None = None
         self.digests: Digests = {}
-        self._thread = threading.Thread(target=self._write, args=(_buckets_on_host(request, changes),), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(_buckets_on_host(self._request, changes),), name="checkpoint", daemon=True)
         self._thread.start()
 
     def is_written_everywhere(self) -> bool:

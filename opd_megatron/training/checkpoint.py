@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_megatron.models.architecture import Architecture
@@ -25,6 +24,7 @@ from opd_megatron.models.checkpoint_weights import ASSETS_FOLDER, CheckpointWeig
 from opd_megatron.models.damage import DAMAGE, damage_in
 from opd_megatron.models.hf_folder import copy_assets
 from opd_megatron.models.origin import write_origin
+from opd_megatron.parallel.megatron import load_checkpoint
 from opd_megatron.parallel.world import agreed_by_rank_0, shared_errors
 from opd_megatron.rollout.rollouts import Rollouts, record_rollouts, replay_rollouts
 from opd_megatron.training.background_write import BackgroundWrite
@@ -188,7 +188,7 @@ class CheckpointFolder:
         wanted = _sharded_state(student, search, is_loading=True)
         with shared_errors():
             try:
-                state = dist_checkpointing.load(wanted, str(checkpoint))
+                state = load_checkpoint(wanted, checkpoint)
             except DAMAGE as error:
                 raise ValueError(f"{checkpoint} is damaged: {damage_in(error)}; {self._way_out(checkpoint)}") from error
         for chunk, tensors in zip(student.model, state["model"], strict=True):

@@ -198,7 +198,7 @@ def _state_without_parameters() -> None:
 
 
 def _place_buckets_where_parameters_are_read() -> None:
-    """Let a save find every parameter's state when a buffer has several padded buckets (0.16.1).
+    """Let a save find every parameter's state when a buffer has several padded buckets (0.16.1 to 0.19.2).
 
     `get_parameter_state_dp_zero` strings the buckets together without their padding, and the `fully_reshardable` format then cuts out
     parameters at their padded places. A tied embedding under pipeline parallelism has a bucket of its own, so its stage saved shifted weights.

@@ -36,6 +36,7 @@ from opd_megatron.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from opd_megatron.parallel.megatron import PLAIN_VALUES_FILE, reads_plain_object
 from opd_megatron.reporting.run_directory import RunDirectory
 from tests.pool import RankPool
 from tests.programs import ROOT, run_program
@@ -355,9 +356,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "progress of another kind": lambda step: (step / "progress.json").write_text('{"step": "two"}'),
     "weights not finite": _overwrite,
     "progress missing": lambda step: (step / "progress.json").unlink(),
-    "plain values missing": lambda step: (step / "common.pt").unlink(),
-    "plain values cut": lambda step: _cut(step / "common.pt"),
 }
+if not reads_plain_object():
+    # From 0.19 they are among the weights' files.
+    DAMAGES["plain values missing"] = lambda step: (step / PLAIN_VALUES_FILE).unlink()
+    DAMAGES["plain values cut"] = lambda step: _cut(step / PLAIN_VALUES_FILE)
 
 
 def _resume_or_message(config: RunConfig, run: Path) -> str:
