@@ -40,6 +40,11 @@ class RolloutConfig:
         require(self.batch_sequences >= 1, f"rollout.batch_sequences={self.batch_sequences} must be at least 1")
 
 
+def fp8_multiple(scaling: str | None) -> int:
+    """Return what the tokens of a product on a rank, and the sides of its weight there, must be multiples of: `get_fp8_align_size` of Megatron-Core."""
+    return {None: 1, "mxfp8": 32}.get(scaling, 16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How the student is updated. `opd` learns from the teacher on its own rollouts; `sft` from the reference answers."""
@@ -217,7 +222,7 @@ class RunConfig:
                 self.rollout.temperature > 0 or bool(self.rollout.replay),
                 "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature",
             )
-            limit, multiple = self.training.micro_batch_tokens, self.student.layout.row_multiple
+            limit, multiple = self.training.micro_batch_tokens, self.student.layout.row_multiple * fp8_multiple(self.training.fp8)
             longest = -(-(self.data.max_prompt_tokens + self.rollout.max_response_tokens) // multiple) * multiple
             require(
                 limit is None or longest <= limit,

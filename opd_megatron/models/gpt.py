@@ -104,9 +104,7 @@ def build_gpt(
     return ModelChunks(chunks, architecture.logit_softcap)
 
 
-def _transformer_config(
-    architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"], options: LayerOptions
-) -> TransformerConfig:
+def _transformer_config(architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"], options: LayerOptions) -> TransformerConfig:
     dtype = DTYPES[precision]
     config = TransformerConfig(
         num_layers=architecture.num_layers,
@@ -268,7 +266,7 @@ def keep_recomputed_gradients(chunks: ModelChunks) -> None:
 
 @contextmanager
 def without_fp8(chunks: ModelChunks) -> Iterator[None]:
-    """Compute in the weights' own precision: a decoding step has fewer tokens than products of 8-bit floats take, and a comparison wants none of their rounding."""
+    """Compute in the weights' own precision: a decoding step has fewer tokens than 8-bit products take, and a comparison wants none of their rounding."""
     config = chunks.config
     fp8, config.fp8 = config.fp8, None
     try:

@@ -15,8 +15,8 @@ from opd_megatron.config import ParallelLayout, TrainingConfig
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.packages import Package, probe
 
-# The first and last compute capability on which Transformer Engine has a scaling's products: of one scale a tensor since Ada, of one for 128 numbers since Hopper,
-# of scales that the hardware applies (MX) on Blackwell of data centres.
+# The first and last compute capability on which Transformer Engine has a scaling's products: of one scale a tensor since Ada, of one for 128 numbers since
+# Hopper, of scales that the hardware applies (MX) on Blackwell of data centres.
 # https://github.com/NVIDIA/TransformerEngine/blob/release_v2.9/transformer_engine/pytorch/quantization.py
 _FP8_CAPABILITY: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "tensorwise": ((8, 9), (99, 0)),
@@ -143,27 +143,3 @@ def own_attention_reason(architecture: Architecture, layout: ParallelLayout) -> 
         # Of its ways over context ranks, the default has no windows, and those that have them do not take packed sequences.
         return "it has no windows over context ranks"
     return None
-
-
-def fp8_multiple(scaling: str | None) -> int:
-    """Return what the tokens of a product, and the sides of its weight on a rank, must be multiples of: `get_fp8_align_size` of Megatron-Core."""
-    return {None: 1, "mxfp8": 32}.get(scaling, 16)
-
-
-def check_fp8_sizes(architecture: Architecture, layout: ParallelLayout, scaling: str | None) -> None:
-    """Raise ValueError where a weight's side on one rank is not a multiple of what 8-bit products take."""
-    if scaling is None:
-        return
-    a, multiple = architecture, fp8_multiple(scaling)
-    experts = a.experts
-    for what, whole, parts in (
-        ("hidden size", a.hidden_size, 1),
-        ("queries, keys and values", (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, layout.tensor),
-        ("heads", a.num_heads * a.head_dim, layout.tensor),
-        ("feed-forward", a.ffn_hidden_size if experts is None else experts.ffn_hidden_size, layout.tensor if experts is None else layout.expert_tensor),
-    ):
-        if whole // parts % multiple:
-            raise ValueError(
-                f"training.fp8={scaling} takes sizes that are multiples of {multiple} on a rank, and the student's {what} has {whole} / {parts} = {whole // parts}; "
-                "use fewer tensor ranks, or training.fp8=null"
-            )

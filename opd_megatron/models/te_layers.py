@@ -1,7 +1,7 @@
 """The same layers of Transformer Engine's modules: norms fused into the projections behind them, its attention, a rank's experts in one grouped product.
 
-Imported only where the probe found a working Transformer Engine (`opd_megatron.packages`). Written from the sources of Megatron-Core 0.16.1 and Transformer Engine,
-and not yet run on a GPU.
+Imported only where the probe found a working Transformer Engine (`opd_megatron.packages`). Written from the sources of Megatron-Core 0.16.1 and of Transformer
+Engine, and not yet run on a GPU.
 """
 
 from __future__ import annotations

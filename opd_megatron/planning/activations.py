@@ -46,9 +46,7 @@ class MicroBatchShape:
 Modules = Collection[str]
 
 
-def layer_activations(
-    architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int, again: Modules = ()
-) -> list[ActivationTerm]:
+def layer_activations(architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int, again: Modules = ()) -> list[ActivationTerm]:
     """Return what one layer saves for one token of a micro-batch: h hidden, f feed-forward, a heads and g key-value heads of size d, t tensor.
 
     Of modules that are computed `again` it saves their inputs alone.
@@ -72,9 +70,7 @@ def layer_activations(
         ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection, or of the router: 2h"),
         ActivationTerm(itemsize * projected_heads * head_dim, "queries, keys and values as projected: (a + 2g) d / t"),
         ActivationTerm(itemsize * copied_heads * head_dim, "queries again, as their norm reads them: a d / t"),
-        *_attention(
-            heads * head_dim, kv_heads * head_dim, 1 if attends_again else layout.context, itemsize, packed=shape.packed, keeps_output=keeps_scores
-        ),
+        *_attention(heads * head_dim, kv_heads * head_dim, 1 if attends_again else layout.context, itemsize, packed=shape.packed, keeps_output=keeps_scores),
         # Capped attention keeps nothing of its scores.
         ActivationTerm(FP32_BYTES * heads if keeps_scores else 0, "logarithm of the sum of attention scores, fp32: a / t"),
         ActivationTerm(FP32_BYTES * (num_norms / whole + normed_heads), "one fp32 number of every norm"),

@@ -136,7 +136,7 @@ class Student:
         self._leave()
 
     def _wrapped(self) -> list[DistributedDataParallel]:
-        """Return the chunks with buffers for their gradients; under `training.overlap_grad_reduce` a bucket travels as soon as the last micro-batch filled it."""
+        """Return the chunks with buffers for their gradients; a bucket travels when the last micro-batch has filled it (`overlap_grad_reduce`), or after it."""
         config, overlap = self.model.config, self.training.overlap_grad_reduce
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap)
         chunks = [

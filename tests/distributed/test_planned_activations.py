@@ -49,9 +49,9 @@ def saved_bytes(config: RunConfig) -> int:
     finally:
         RMSNorm.forward = usual
     if "mixture" in config.student.hf:
-        # Experts see matrices: all that is saved counts, but weights and ids of tokens.
+        # Experts see matrices: all that is saved counts, but weights, ids of tokens, and the kind of mask (a number on the host) of attention computed again.
         weights = storages(model.parameters())
-        kept = storages(tensor for tensor in saved.values() if tensor.shape != tokens_BS.shape)
+        kept = storages(tensor for tensor in saved.values() if tensor.shape not in (tokens_BS.shape, (1,)))
         return sum(num_bytes for place, num_bytes in kept.items() if place not in weights)
     # Matrices are no activations: weights, token ids, and the mask that attention over context ranks needs on CPU (flash attention needs none).
     return sum(storages(tensor for tensor in saved.values() if tensor.dim() > 2).values())
@@ -185,7 +185,7 @@ def planned_forward(config: RunConfig) -> int:
         ("phi3", {}, [RECOMPUTED]),
         ("student", {}, [*SELECTED]),
         ("llama", {"tensor": 2, "sequence": True}, [*SELECTED]),
-        ("llama", {"context": 2}, [*SELECTED, PACKED]),
+        ("llama", {"context": 2}, [*SELECTED]),
         ("gemma2", {}, [*SELECTED, PACKED]),
         ("gemma2", {"context": 2}, [*SELECTED]),
         ("mixture", {"expert": 2}, [*SELECTED]),
