@@ -99,9 +99,7 @@ def config_of(models: Path, layout: str, recorded: Path, train: str = "all", **t
 def four_steps(models: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rollouts of as many steps as these runs make."""
     config = small_config(models)
-    config = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, steps=4), rollout=dataclasses.replace(config.rollout, record=True)
-    )
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4), rollout=dataclasses.replace(config.rollout, record=True))
     run = tmp_path_factory.mktemp("recorded") / "run"
     pool.run(run_job, config, run, world_size=1)
     return run
@@ -115,9 +113,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "train", "training"), CASES)
-def test_a_run_resumes_bit_for_bit(
-    models: Path, four_steps: Path, pool: RankPool, tmp_path: Path, layout: str, train: str, training: dict[str, Any]
-) -> None:
+def test_a_run_resumes_bit_for_bit(models: Path, four_steps: Path, pool: RankPool, tmp_path: Path, layout: str, train: str, training: dict[str, Any]) -> None:
     config, world_size = config_of(models, layout, four_steps, train, **training)
     pool.run(run_fused, config, tmp_path / "whole", world_size=world_size)
     pool.run(run_fused, config, tmp_path / "parts", 2, world_size=world_size)
