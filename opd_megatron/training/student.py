@@ -87,6 +87,9 @@ def _mean(total: float, count: float) -> float:
     return total / count if count else 0.0
 
 
+# Gradients that travel together under `training.overlap_grad_reduce`, at least; None is Megatron-Core's choice, 40 million or more.
+BUCKET_NUMBERS: int | None = None
+
 # (hidden states after the last stage, their micro-batch) -> (loss sum, count, what is reported), as Megatron's schedule takes them.
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -138,7 +141,9 @@ class Student:
     def _wrapped(self) -> list[DistributedDataParallel]:
         """Return the chunks with buffers for their gradients; a bucket travels when the last micro-batch has filled it (`overlap_grad_reduce`), or after it."""
         config, overlap = self.model.config, self.training.overlap_grad_reduce
-        settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap)
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=BUCKET_NUMBERS
+        )
         chunks = [
             # Of the chunks of one rank the first ends its backward last: only its gradients have to be on their way before all are there.
             DistributedDataParallel(config, settings, Float16Module(config, chunk) if self._is_half else chunk, disable_bucketing=overlap and place > 0)

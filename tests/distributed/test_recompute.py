@@ -14,7 +14,8 @@ import torch
 
 from opd_megatron.config import RunConfig, apply_overrides
 from tests.pool import RankPool
-from tests.runs import metrics_of, run_job, small_config, weights_of, with_teacher
+from tests.runs import metrics_of, run_job, run_until_step, small_config, weights_of, with_teacher, write_prompts
+from tests.tiny import write_tiny_model
 
 Case = tuple[dict[str, Any], dict[str, Any], int, tuple[str, ...]]
 
@@ -29,7 +30,7 @@ CASES: dict[str, Case] = {
     # Where the embedding does not train, a function of a module's input alone would leave its weights without gradients.
     "the first feed-forward alone": ({}, {}, 1, ("modules.train=layers.0.mlp",)),
 }
-SLOW = ("TP2xCP2", "PP2xVPP2", "packed, DP2")
+SLOW = ("TP2xCP2", "PP2xVPP2", "packed, DP2", "searches")
 
 
 def slow(names: Iterable[str]) -> list[Any]:
@@ -59,9 +60,60 @@ def test_recomputed_modules_give_the_same_bits(models: Path, recorded: Path, poo
     assert_same_run(tmp_path / "selective", tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", slow(["TP2xPP2+SP", "PP2xVPP2", "packed, DP2", "packed, CP2", "the first feed-forward alone"]))
+# Of 165,056 numbers: several buckets.
+SMALL_BUCKET = 20_000
+
+
+def run_in_small_buckets(config: RunConfig, run: Path, steps: int | None = None) -> str:
+    from opd_megatron.training import student
+
+    student.BUCKET_NUMBERS = SMALL_BUCKET
+    try:
+        return run_job(config, run) if steps is None else run_until_step(config, run, steps)
+    finally:
+        student.BUCKET_NUMBERS = None
+
+
+EARLY: dict[str, Case] = {
+    **{name: CASES[name] for name in ("TP2xPP2+SP", "PP2xVPP2", "packed, DP2", "the first feed-forward alone")},
+    # A replica has no sample, or keeps none of its tokens: its head has no row to learn from.
+    "three samples of four replicas": ({}, {}, 4, ("rollout.replay=null", "data.batch_prompts=3", "training.micro_batch=1")),
+    "one token kept": ({}, {}, 2, ("importance.rule=entropy_topk", "importance.ratio=0.02")),
+    "searches": ({}, {}, 2, ("rollout.replay=null", "effopd.enabled=true", "effopd.prompts=6", "effopd.score=divergence")),
+}
+
+
+@pytest.mark.parametrize("name", slow(EARLY))
 def test_gradients_that_travel_early_are_the_same(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
-    case = CASES[name]
-    for overlap in ("false", "true"):
-        pool.run(run_job, config_of(models, case, recorded, f"training.overlap_grad_reduce={overlap}"), tmp_path / overlap, world_size=case[2])
-    assert_same_run(tmp_path / "true", tmp_path / "false")
+    case = EARLY[name]
+    pool.run(run_job, config_of(models, case, recorded), tmp_path / "late", world_size=case[2])
+    pool.run(run_in_small_buckets, config_of(models, case, recorded, "training.overlap_grad_reduce=true"), tmp_path / "early", world_size=case[2])
+    assert_same_run(tmp_path / "early", tmp_path / "late")
+
+
+def test_a_run_whose_gradients_travel_early_resumes_bit_for_bit(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Optimizer state is cut by buckets, and a checkpoint of several is read as it was written; also by a run of one bucket."""
+    config = config_of(models, CASES["packed, DP2"], recorded, "training.overlap_grad_reduce=true")
+    pool.run(run_in_small_buckets, config, tmp_path / "whole", world_size=2)
+    pool.run(run_in_small_buckets, config, tmp_path / "parts", 2, world_size=2)
+    pool.run(run_job, config, tmp_path / "parts", world_size=2)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student and a teacher with experts, and prompts."""
+    folder = tmp_path_factory.mktemp("experts")
+    write_tiny_model(folder / "student", "qwen3_moe", tied=True, vocab_size=263, seed=1, scale=0.3, num_hidden_layers=2)
+    write_tiny_model(folder / "teacher", "qwen3_moe", vocab_size=263, seed=2, scale=0.5, num_hidden_layers=2)
+    write_prompts(folder / "prompts.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("layout", [{"expert": 2}, pytest.param({"tensor": 2, "sequence": True, "expert_tensor": 2}, marks=pytest.mark.slow)], ids=str)
+def test_experts_are_computed_again_and_their_gradients_travel_early(experts: Path, pool: RankPool, tmp_path: Path, layout: dict[str, Any]) -> None:
+    config = small_config(experts, **layout)
+    pool.run(run_job, config, tmp_path / "plain", world_size=2)
+    again = apply_overrides(config, ["training.recompute=selective", "training.recompute_modules=moe,core_attn", "training.overlap_grad_reduce=true"])
+    pool.run(run_in_small_buckets, again, tmp_path / "again", world_size=2)
+    assert_same_run(tmp_path / "again", tmp_path / "plain")

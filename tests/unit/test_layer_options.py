@@ -75,7 +75,7 @@ def test_what_is_not_there_is_refused_with_a_way_out(training: dict[str, object]
 IMPOSSIBLE = [
     (["training.fp8=tensorwise", "training.layers=local"], "training.fp8=tensorwise needs Transformer Engine's layers"),
     (["training.fp8=blockwise", "training.precision=fp32"], "needs training.precision=bf16"),
-    (["training.fp8=delayed"], "must be null or one of tensorwise, blockwise, mxfp8"),
+    (["training.fp8=delayed"], "must be one of tensorwise, blockwise, mxfp8 or null"),
     (["training.recompute=selective", "training.recompute_modules=[]"], "training.recompute_modules is empty"),
     (["training.recompute=selective", "training.recompute_modules=mlp,mlp"], "names a module twice"),
     (["training.recompute=selective", "training.recompute_modules=layernorm", "training.layers=local"], "has layernorm, which needs"),
@@ -108,18 +108,22 @@ def test_a_fused_gradient_needs_the_layers_or_apexs_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "context", "reason"),
+    ("family", "windows", "context", "reason"),
     [
-        ("qwen3", 2, None),
-        ("llama", 1, None),
-        ("phi3", 2, None),
-        ("mistral", 1, None),
-        ("mistral", 2, "it has no windows over context ranks"),
-        ("gemma2", 1, "it caps no scores"),
+        ("qwen3", (), 2, None),
+        ("phi3", (), 2, None),
+        ("mistral", (16, 16), 1, None),
+        ("qwen2", (None, 16), 1, None),
+        ("qwen2", (None, 16), 2, "it has no windows over context ranks"),
+        ("qwen2", (8, 16), 1, "it takes one window size, not [8, 16]"),
+        ("gemma2", (16, None), 1, "it caps no scores"),
     ],
 )
-def test_our_attention_stays_where_transformer_engines_does_not_compute_a_family(family: str, context: int, reason: str | None) -> None:
-    assert own_attention_reason(architecture_of(family), ParallelLayout(context=context)) == reason
+def test_our_attention_stays_where_transformer_engines_does_not_compute_a_model(
+    family: str, windows: tuple[int | None, ...], context: int, reason: str | None
+) -> None:
+    architecture = dataclasses.replace(architecture_of(family), windows=windows)
+    assert own_attention_reason(architecture, ParallelLayout(context=context)) == reason
 
 
 EXPERTS = [7, 8]
