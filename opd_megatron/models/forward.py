@@ -36,6 +36,13 @@ def inference_mode(model: ModelChunks, groups: ModelGroups, *, context_parallel:
         model.train(was_training)
 
 
+@contextmanager
+def without_recomputation(model: ModelChunks) -> Iterator[None]:
+    """Let forwards without gradients prepare nothing for a backward: for parts of layers that are computed again, Megatron-Core does so in each of them."""
+    with _switched_off(model, _RECOMPUTE):
+        yield
+
+
 def _lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
     """Run forwards of nothing but padding for as long as another replica has text: its tokens visit experts that are here."""
     # An even number of positions, which context parallelism cuts into two chunks.
@@ -56,7 +63,7 @@ def _in_step(groups: ModelGroups, *, has_text: bool, device: torch.device) -> bo
 
 # Where Megatron-Core's modules, and the configuration they share, remember that activations are split along the sequence; and what switches it off.
 _SEQUENCE = {"sequence_parallel": False, "scatter_to_sequence_parallel": False, "reduce_scatter_embeddings": False}
-# What layers compute again in a backward, they prepare in every forward, and read the states of random numbers for it, for which a GPU has to be waited for.
+# What makes a part of a layer again in the backward; in every forward the states of random numbers are read for it, for which a GPU has to be waited for.
 _RECOMPUTE = dict.fromkeys(("recompute_mlp", "moe_layer_recompute", "activation_recompute", "recompute_input_layernorm", "recompute_pre_mlp_layernorm"), False)
 _ALWAYS = _SEQUENCE | _RECOMPUTE
 _CONTEXT = {"context_parallel_size": 1, "cp_group": None}

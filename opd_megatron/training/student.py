@@ -25,6 +25,7 @@ from opd_megatron.config import RunConfig
 from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics
 from opd_megatron.models.allocation import Allocation
+from opd_megatron.models.forward import without_recomputation
 from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only, keep_recomputed_gradients
 from opd_megatron.models.layer_options import layers_here
 from opd_megatron.models.layers import packed_sequences
@@ -259,7 +260,7 @@ class Student:
     def _forward_only(self, micro_batches: MicroBatches, loss: LossFunction) -> list[torch.Tensor]:
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_recomputation(self.model):
                 return self._run_schedule(micro_batches, loss, forward_only=True)
         finally:
             self.model.train()
