@@ -72,7 +72,7 @@ class TrainingConfig:
     # Whether the product that makes a weight's gradient adds it to the buffer by itself: Transformer Engine's layers can, local ones with a kernel of Apex.
     # auto does where it can: the sum is the same, one pass over the gradients shorter.
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
-    # Send gradients to the other replicas while the backward of the last micro-batch goes on. Off because a run of one replica, or of one micro-batch of many,
+    # Send gradients to the other replicas while the backward of the last micro-batch goes on. Off because a run of one replica, or of many micro-batches,
     # gains little; the sums are the same.
     overlap_grad_reduce: bool = False
     # full: keep the inputs of layers only, and compute each layer again in the backward (Megatron's uniform recomputation). selective: the modules below alone.

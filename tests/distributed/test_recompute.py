@@ -1,4 +1,6 @@
-"""What is computed again in the backward, and when gradients travel, changes no bit of losses, gradients and weights.
+"""What is computed again in the backward changes no bit of losses, gradients and weights, nor does when gradients travel.
+
+In several buckets their norm is added up in another order, and rounds otherwise.
 
 Not covered: GPUs, what needs Transformer Engine's layers (layernorm, moe_act), buckets of gradients as large as those of a real model.
 """
@@ -50,6 +52,15 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
+def assert_same_to_rounding(one: Path, other: Path) -> None:
+    for ours, reference in zip(metrics_of(one), metrics_of(other), strict=True):
+        assert [ours[key] for key in ("loss", "grad_norm")] == pytest.approx([reference[key] for key in ("loss", "grad_norm")], rel=1e-5)
+    ours, reference = weights_of(one), weights_of(other)
+    for name in reference:
+        # Adam divides by the root of tiny squares in its first steps: differences of sums are enlarged.
+        torch.testing.assert_close(ours[name], reference[name], rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", slow(CASES))
 def test_recomputed_modules_give_the_same_bits(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     case = CASES[name]
@@ -74,8 +85,16 @@ def run_in_small_buckets(config: RunConfig, run: Path, steps: int | None = None)
         student.BUCKET_NUMBERS = None
 
 
+@pytest.mark.parametrize("name", slow(["TP2xPP2+SP", "PP2xVPP2", "packed, DP2", "packed, CP2"]))
+def test_gradients_that_travel_early_in_one_bucket_have_the_same_bits(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    for overlap in ("false", "true"):
+        pool.run(run_job, config_of(models, case, recorded, f"training.overlap_grad_reduce={overlap}"), tmp_path / overlap, world_size=case[2])
+    assert_same_run(tmp_path / "true", tmp_path / "false")
+
+
 EARLY: dict[str, Case] = {
-    **{name: CASES[name] for name in ("TP2xPP2+SP", "PP2xVPP2", "packed, DP2", "the first feed-forward alone")},
+    **{name: CASES[name] for name in ("PP2xVPP2", "packed, DP2", "the first feed-forward alone")},
     # A replica has no sample, or keeps none of its tokens: its head has no row to learn from.
     "three samples of four replicas": ({}, {}, 4, ("rollout.replay=null", "data.batch_prompts=3", "training.micro_batch=1")),
     "one token kept": ({}, {}, 2, ("importance.rule=entropy_topk", "importance.ratio=0.02")),
@@ -84,19 +103,19 @@ EARLY: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", slow(EARLY))
-def test_gradients_that_travel_early_are_the_same(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
+def test_gradients_that_travel_early_in_several_buckets_train_alike(models: Path, recorded: Path, pool: RankPool, tmp_path: Path, name: str) -> None:
     case = EARLY[name]
     pool.run(run_job, config_of(models, case, recorded), tmp_path / "late", world_size=case[2])
     pool.run(run_in_small_buckets, config_of(models, case, recorded, "training.overlap_grad_reduce=true"), tmp_path / "early", world_size=case[2])
-    assert_same_run(tmp_path / "early", tmp_path / "late")
+    assert_same_to_rounding(tmp_path / "early", tmp_path / "late")
 
 
 def test_a_run_whose_gradients_travel_early_resumes_bit_for_bit(models: Path, recorded: Path, pool: RankPool, tmp_path: Path) -> None:
-    """Optimizer state is cut by buckets, and a checkpoint of several is read as it was written; also by a run of one bucket."""
+    """Optimizer state is cut by buckets, and a checkpoint of several is read as it was written."""
     config = config_of(models, CASES["packed, DP2"], recorded, "training.overlap_grad_reduce=true")
     pool.run(run_in_small_buckets, config, tmp_path / "whole", world_size=2)
     pool.run(run_in_small_buckets, config, tmp_path / "parts", 2, world_size=2)
-    pool.run(run_job, config, tmp_path / "parts", world_size=2)
+    pool.run(run_in_small_buckets, config, tmp_path / "parts", world_size=2)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -115,5 +134,5 @@ def test_experts_are_computed_again_and_their_gradients_travel_early(experts: Pa
     config = small_config(experts, **layout)
     pool.run(run_job, config, tmp_path / "plain", world_size=2)
     again = apply_overrides(config, ["training.recompute=selective", "training.recompute_modules=moe,core_attn", "training.overlap_grad_reduce=true"])
-    pool.run(run_in_small_buckets, again, tmp_path / "again", world_size=2)
+    pool.run(run_job, again, tmp_path / "again", world_size=2)
     assert_same_run(tmp_path / "again", tmp_path / "plain")
