@@ -97,7 +97,7 @@ EARLY: dict[str, Case] = {
     **{name: CASES[name] for name in ("PP2xVPP2", "packed, DP2", "the first feed-forward alone")},
     # A replica has no sample, or keeps none of its tokens: its head has no row to learn from.
     "three samples of four replicas": ({}, {}, 4, ("rollout.replay=null", "data.batch_prompts=3", "training.micro_batch=1")),
-    "one token kept": ({}, {}, 2, ("importance.rule=entropy_topk", "importance.ratio=0.02")),
+    "few tokens kept": ({}, {}, 4, ("importance.rule=entropy_topk", "importance.ratio=0.1")),
     "searches": ({}, {}, 2, ("rollout.replay=null", "effopd.enabled=true", "effopd.prompts=6", "effopd.score=divergence")),
 }
 
