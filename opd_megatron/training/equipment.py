@@ -60,6 +60,7 @@ def _choices(config: RunConfig, options: LayerOptions, models: dict[str, tuple[A
     why = f"training.layers={config.training.layers}"
     version = f" {probe('transformer_engine').version}" if options.kind == "te" else ""
     yield "layers", f"{_NAMES[options.kind]}{version} ({why}){_again(options)}"
+    yield "norms", "fused into the projections behind them" if options.kind == "te" else "PyTorch's kernels"
     yield "attention", "; ".join(f"{name}: {_attention(options, *model)}" for name, model in models.items())
     yield "8-bit", "off" if options.fp8 is None else f"{options.fp8} scaling in the student's training; writing and scoring in {config.training.precision}"
     fused = next((name for name in ("transformer_engine", "apex") if probe(name).works), None)
