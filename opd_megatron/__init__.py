@@ -33,10 +33,13 @@ def import_megatron() -> None:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     import torch
 
-    from opd_megatron.packages import probe_all
+    from opd_megatron.packages import hide_all, probe_all
 
     # Megatron-Core imports these packages itself, and one that is broken would break it.
-    probe_all()
+    if torch.cuda.is_available():
+        probe_all()
+    else:
+        hide_all()
     compiler = torch.compile
     if not torch.cuda.is_available():
         torch.compile = lambda function: function  # type: ignore[assignment]

@@ -44,6 +44,10 @@ REQUIREMENTS: Mapping[str, Requirement] = {
         minimum=(0, 1),
         parts={"apex.optimizers": ("FusedAdam",), "apex.normalization.fused_layer_norm": ("FusedRMSNormAffineFunction",)},
     ),
+    # A kernel that Apex builds where it is told to: a product that adds a weight's gradient to a buffer.
+    "fused_weight_gradient_mlp_cuda": Requirement(
+        distribution="apex", minimum=(0, 1), parts={"fused_weight_gradient_mlp_cuda": ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")}
+    ),
     "flash_attn": Requirement(distribution="flash-attn", minimum=(2, 6), parts={"flash_attn": ("flash_attn_varlen_func", "flash_attn_with_kvcache")}),
 }
 
@@ -83,6 +87,12 @@ def probe(name: str) -> Package:
 def probe_all() -> tuple[Package, ...]:
     """Return what is there of every package, in the order of REQUIREMENTS. Called before Megatron-Core is imported, which then sees only those that work."""
     return tuple(map(probe, REQUIREMENTS))
+
+
+def hide_all() -> None:
+    """Let Megatron-Core find none of the packages: on a machine without a GPU, where one may be installed, its modules and its Adam would be taken and fail."""
+    for name in REQUIREMENTS:
+        _hide(name)
 
 
 def _problem(name: str, version: str | None, required: Requirement) -> str | None:

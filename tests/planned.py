@@ -94,3 +94,4 @@ def config_of(models: Path, name: str, precision: str = "fp32") -> RunConfig:
 
 # Settings under which a step keeps and sends other things.
 RECOMPUTED, PACKED = "training.recompute=full", "training.micro_batch_tokens=96"
+SELECTED = ("training.recompute=selective", "training.recompute_modules=core_attn,mlp,moe")

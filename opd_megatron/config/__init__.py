@@ -8,7 +8,7 @@ from opd_megatron.config.models import ParallelLayout, StudentConfig, TeacherCon
 from opd_megatron.config.modules import ModulesConfig
 from opd_megatron.config.nearest import name_changes, nearest_layouts
 from opd_megatron.config.overrides import all_keys, apply_overrides
-from opd_megatron.config.run import CheckpointConfig, EvaluationConfig, RolloutConfig, RunConfig, TrainingConfig
+from opd_megatron.config.run import CheckpointConfig, EvaluationConfig, RolloutConfig, RunConfig, TrainingConfig, fp8_multiple
 from opd_megatron.config.stored import from_json
 from opd_megatron.config.tracking import TrackingConfig
 
@@ -32,6 +32,7 @@ __all__ = [
     "TrainingConfig",
     "all_keys",
     "apply_overrides",
+    "fp8_multiple",
     "from_json",
     "name_changes",
     "nearest_layouts",

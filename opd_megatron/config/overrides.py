@@ -136,6 +136,9 @@ def _parse(text: str, annotation: Any, key: str) -> Any:
     if origin is tuple:
         item = typing.get_args(annotation)[0]
         items = _any_json(text)
+        if typing.get_origin(item) is typing.Literal:
+            words = items if isinstance(items, list) else text.split(",")
+            return tuple(_parse(word, item, key) for word in words)
         if not isinstance(items, list) or not all(type(one) is item for one in items):
             raise ValueError(f"{key}={text!r} must be a JSON list, e.g. [1, 2, 4]")
         return tuple(items)
@@ -153,7 +156,7 @@ def _parse(text: str, annotation: Any, key: str) -> Any:
                 return _parse(text, option, key)
             except ValueError:
                 continue
-        names = " or ".join("null" if o is type(None) else "a JSON list" if typing.get_origin(o) is tuple else o.__name__ for o in options)
+        names = " or ".join(map(_name, options))
         raise ValueError(f"{key}={text!r} must be {names}")
     if annotation is bool:
         if text.lower() in ("true", "1", "yes"):
@@ -167,3 +170,12 @@ def _parse(text: str, annotation: Any, key: str) -> Any:
         except ValueError:
             raise ValueError(f"{key}={text!r} must be {'an integer' if annotation is int else 'a number'}") from None
     return text
+
+
+def _name(option: Any) -> str:
+    """Return how an error calls one type of an annotation."""
+    if option is type(None):
+        return "null"
+    if typing.get_origin(option) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(option))}"
+    return "a JSON list" if typing.get_origin(option) is tuple else option.__name__

@@ -40,6 +40,11 @@ class RolloutConfig:
         require(self.batch_sequences >= 1, f"rollout.batch_sequences={self.batch_sequences} must be at least 1")
 
 
+def fp8_multiple(scaling: str | None) -> int:
+    """Return what the tokens of a product on a rank, and the sides of its weight there, must be multiples of: `get_fp8_align_size` of Megatron-Core."""
+    return {None: 1, "mxfp8": 32}.get(scaling, 16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How the student is updated. `opd` learns from the teacher on its own rollouts; `sft` from the reference answers."""
@@ -61,8 +66,20 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     # Layers of both models: Transformer Engine's, or Megatron-Core's local ones with our attention; auto takes the first where the package works.
     layers: Literal["auto", "te", "local"] = "auto"
-    # full: keep the inputs of layers only, and compute each layer again in the backward (Megatron's uniform recomputation).
-    recompute: Literal["none", "full"] = "none"
+    # The scaling of 8-bit floats (Megatron's fp8_recipe) in the products of the student's layers while it trains; needs Transformer Engine's layers and bf16.
+    # Null because it changes the numbers, and what it saves is nowhere measured yet.
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
+    # Whether the product that makes a weight's gradient adds it to the buffer by itself: Transformer Engine's layers can, local ones with a kernel of Apex.
+    # auto does where it can: the sum is the same, one pass over the gradients shorter.
+    gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
+    # Send gradients to the other replicas while the backward of the last micro-batch goes on. Off because a run of one replica, or of many micro-batches,
+    # gains little; the sums are the same.
+    overlap_grad_reduce: bool = False
+    # full: keep the inputs of layers only, and compute each layer again in the backward (Megatron's uniform recomputation). selective: the modules below alone.
+    recompute: Literal["none", "selective", "full"] = "none"
+    # With recompute=selective. The feed-forward, dense (mlp) or of experts (moe), holds most of what a layer keeps; attention and its messages between context
+    # ranks are left as they are. layernorm and moe_act need Transformer Engine's layers.
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = ("mlp", "moe")
     # Keep optimizer state on the host, and no gradient buffers, while the student writes and the teacher scores.
     offload_optimizer: bool = False
     # A step whose loss or gradient is not finite changes nothing; this many in a row end the run.
@@ -89,6 +106,7 @@ class TrainingConfig:
         require(0 <= self.weight_decay < math.inf, f"training.weight_decay={self.weight_decay} must be a finite number, not negative")
         for name, beta in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
             require(0 <= beta < 1, f"training.{name}={beta} must be in [0, 1)")
+        self._check_layers()
         require(self.warmup_steps >= 0, f"training.warmup_steps={self.warmup_steps} must not be negative")
         require(self.clip_grad >= 0, f"training.clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
         require(
@@ -97,6 +115,26 @@ class TrainingConfig:
         peak = self.peak_tflops
         require(peak is None or 0 < peak < math.inf, f"training.peak_tflops={peak} must be a positive number, or null for what is known of the GPU")
         require(self.max_skipped_steps >= 1, f"training.max_skipped_steps={self.max_skipped_steps} must be at least 1")
+
+    @property
+    def recomputed_modules(self) -> tuple[str, ...]:
+        """The parts of layers that are computed again; none where whole layers are, or nothing is."""
+        return self.recompute_modules if self.recompute == "selective" else ()
+
+    def _check_layers(self) -> None:
+        """Raise ValueError for layers that no machine has."""
+        if self.fp8 is not None:
+            require(self.layers != "local", f"training.fp8={self.fp8} needs Transformer Engine's layers; set training.layers=te, or fp8=null")
+            require(self.precision == "bf16", f"training.fp8={self.fp8} needs training.precision=bf16, not {self.precision}; change one of them")
+        if self.recompute == "selective":
+            modules = self.recompute_modules
+            require(bool(modules), "training.recompute_modules is empty: name modules, or set training.recompute=none")
+            require(len(set(modules)) == len(modules), f"training.recompute_modules={','.join(modules)} names a module twice; name each once")
+            for module in ("layernorm", "moe_act"):
+                require(
+                    module not in modules or self.layers != "local",
+                    f"training.recompute_modules has {module}, which needs Transformer Engine's layers; leave it out, or set training.layers=te",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +222,7 @@ class RunConfig:
                 self.rollout.temperature > 0 or bool(self.rollout.replay),
                 "rollout.temperature=0 would train on greedy text only; on-policy rollouts need a positive temperature",
             )
-            limit, multiple = self.training.micro_batch_tokens, self.student.layout.row_multiple
+            limit, multiple = self.training.micro_batch_tokens, self.student.layout.row_multiple * fp8_multiple(self.training.fp8)
             longest = -(-(self.data.max_prompt_tokens + self.rollout.max_response_tokens) // multiple) * multiple
             require(
                 limit is None or longest <= limit,

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd_megatron.config import ParallelLayout, RunConfig
+from opd_megatron.config import ParallelLayout, RunConfig, fp8_multiple
 from opd_megatron.parallel.context import padded_length
 from opd_megatron.parallel.layout import replica_share
 
@@ -65,12 +65,20 @@ class TrainingBatches:
     num_replicas: int
     micro_batch: int
     max_tokens: int | None = None
+    # What a rank's part of a row must be a multiple of, beside what the layout splits.
+    rank_multiple: int = 1
 
     @classmethod
     def of(cls, config: RunConfig, num_replicas: int) -> TrainingBatches:
         """Return what a configuration asks for."""
         training = config.training
-        return cls(layout=config.student.layout, num_replicas=num_replicas, micro_batch=training.micro_batch, max_tokens=training.micro_batch_tokens)
+        return cls(
+            layout=config.student.layout,
+            num_replicas=num_replicas,
+            micro_batch=training.micro_batch,
+            max_tokens=training.micro_batch_tokens,
+            rank_multiple=fp8_multiple(training.fp8),
+        )
 
     def plan(self, num_tokens: Sequence[int]) -> TrainingPlan:
         """Return the micro-batches for samples of these lengths; ValueError if one is longer than `max_tokens`."""
@@ -82,7 +90,7 @@ class TrainingBatches:
         num_rows = min(self.micro_batch, largest)
         count = self._allowed_count(-(-largest // num_rows))
         starts = range(0, count * num_rows, num_rows)
-        length = padded_length(max(num_tokens), self.layout)
+        length = padded_length(max(num_tokens), self.layout, self.rank_multiple)
         return TrainingPlan(
             micro_batches=tuple(tuple(tuple(share[start : start + num_rows]) for start in starts) for share in shares),
             lengths=(length,) * len(num_tokens),
@@ -93,7 +101,7 @@ class TrainingBatches:
 
     def _packed(self, num_tokens: Sequence[int], max_tokens: int) -> TrainingPlan:
         """Use few packs, and fill them evenly; a row, padding included, has at most `max_tokens` positions."""
-        multiple, row_multiple = self.layout.sequence_multiple, self.layout.row_multiple
+        multiple, row_multiple = self.layout.sequence_multiple, self.layout.row_multiple * self.rank_multiple
         max_tokens = max_tokens // row_multiple * row_multiple
         lengths = [-(-count // multiple) * multiple for count in num_tokens]
         if max(lengths) > max_tokens:
@@ -108,7 +116,7 @@ class TrainingBatches:
             micro_batches=tuple(tuple(packs[replica :: self.num_replicas]) for replica in range(self.num_replicas)),
             lengths=tuple(lengths),
             num_rows=1,
-            row_length=padded_length(max(sum(lengths[index] for index in pack) for pack in packs), self.layout),
+            row_length=padded_length(max(sum(lengths[index] for index in pack) for pack in packs), self.layout, self.rank_multiple),
             packed=True,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from opd_megatron.config import ParallelLayout
+from opd_megatron.config import ParallelLayout, fp8_multiple
 from opd_megatron.models.families import FAMILIES, Activation, TensorNames
 
 
@@ -120,6 +120,21 @@ class Architecture:
             ("experts", self.experts.num_experts, "expert", layout.expert),
             ("columns of an expert", self.experts.ffn_hidden_size, "expert_tensor", layout.expert_tensor),
         ]
+
+    def check_fp8(self, role: str, layout: ParallelLayout, scaling: str | None) -> None:
+        """Raise ValueError where a side of a weight on one rank is not a multiple of what products of 8-bit floats take."""
+        multiple, experts = fp8_multiple(scaling), self.experts
+        for what, whole, parts in (
+            ("hidden size", self.hidden_size, 1),
+            ("queries, keys and values", (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, layout.tensor),
+            ("heads", self.num_heads * self.head_dim, layout.tensor),
+            *([("feed-forward", self.ffn_hidden_size, layout.tensor)] if experts is None else [("expert", experts.ffn_hidden_size, layout.expert_tensor)]),
+        ):
+            if whole // parts % multiple:
+                raise ValueError(
+                    f"training.fp8={scaling} takes sizes that are multiples of {multiple} on a rank, and the {role}'s {what} has {whole} / {parts} = "
+                    f"{whole // parts}; use fewer tensor ranks, or training.fp8=null"
+                )
 
     def check_training(self, role: str, layout: ParallelLayout) -> None:
         """Raise ValueError where Megatron-Core runs a model under a layout but does not train it."""

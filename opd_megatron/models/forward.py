@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from opd_megatron.models.gpt import ModelChunks, hidden_states_only
+from opd_megatron.models.gpt import ModelChunks, hidden_states_only, without_fp8
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.megatron import generating
 
@@ -30,11 +30,18 @@ def inference_mode(model: ModelChunks, groups: ModelGroups, *, context_parallel:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _switched_off(model, _SEQUENCE if context_parallel else _SEQUENCE | _CONTEXT):
+        with torch.no_grad(), without_fp8(model), _switched_off(model, _ALWAYS if context_parallel else _ALWAYS | _CONTEXT):
             yield
             _lend_experts(model, groups)
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def without_recomputation(model: ModelChunks) -> Iterator[None]:
+    """Let forwards without gradients prepare nothing for a backward: for parts of layers that are computed again, Megatron-Core does so in each of them."""
+    with _switched_off(model, _RECOMPUTE):
+        yield
 
 
 def _lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
@@ -57,6 +64,9 @@ def _in_step(groups: ModelGroups, *, has_text: bool, device: torch.device) -> bo
 
 # Where Megatron-Core's modules, and the configuration they share, remember that activations are split along the sequence; and what switches it off.
 _SEQUENCE = {"sequence_parallel": False, "scatter_to_sequence_parallel": False, "reduce_scatter_embeddings": False}
+# What makes a part of a layer again in the backward; in every forward the states of random numbers are read for it, for which a GPU has to be waited for.
+_RECOMPUTE = dict.fromkeys(("recompute_mlp", "moe_layer_recompute", "activation_recompute", "recompute_input_layernorm", "recompute_pre_mlp_layernorm"), False)
+_ALWAYS = _SEQUENCE | _RECOMPUTE
 _CONTEXT = {"context_parallel_size": 1, "cp_group": None}
 
 

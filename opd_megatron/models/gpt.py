@@ -19,11 +19,17 @@ from megatron.core.transformer import TransformerConfig
 from opd_megatron.config import ParallelLayout
 from opd_megatron.models.architecture import Architecture, Experts, Rope
 from opd_megatron.models.families import Activation
+from opd_megatron.models.layer_options import LayerOptions, own_attention_reason
 from opd_megatron.models.layers import block_spec
+from opd_megatron.models.weight_map import is_expert
 from opd_megatron.parallel.groups import ModelGroups
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+# What runs everywhere.
+LOCAL = LayerOptions()
 
 
 class ModelChunks(torch.nn.ModuleList):
@@ -56,17 +62,17 @@ def build_gpt(
     *,
     precision: Literal["bf16", "fp32"],
     vocab_multiple: int,
-    recompute: Literal["none", "full"] = "none",
+    options: LayerOptions = LOCAL,
 ) -> ModelChunks:
-    """Return this rank's layers and tensor slice, with Megatron's random initialization; `recompute` is for training."""
+    """Return this rank's layers and tensor slice, with Megatron's random initialization."""
     layout = groups.layout
-    config = _transformer_config(architecture, layout, precision, recompute)
+    config = _transformer_config(architecture, layout, precision, options)
     chunks = []
     for chunk in range(layout.virtual):
         chunks.append(
             GPTModel(
                 config,
-                block_spec(architecture, config, groups.stage, chunk if layout.virtual > 1 else None),
+                block_spec(architecture, config, layout, groups.stage, chunk if layout.virtual > 1 else None, options.kind),
                 vocab_size=architecture.padded_vocab_size(layout.tensor, vocab_multiple),
                 max_sequence_length=architecture.max_positions,
                 pre_process=groups.is_first_stage and chunk == 0,
@@ -87,16 +93,18 @@ def build_gpt(
         if model.pre_process and architecture.scaled_embeddings:
             _scale_embeddings(model, architecture.embedding_scale)
         for name, parameter in model.named_parameters():
-            if ".local_experts." in name:
+            if is_expert(name):
                 # Megatron says so where expert parallelism is used. But experts that are whole on every tensor rank always see other tokens than
                 # on the next one, so their gradients belong to the expert data-parallel group, which spans tensor ranks.
                 parameter.allreduce = False  # type: ignore[attr-defined]
+        if options.kind == "te" and options.fused_gradients:
+            from opd_megatron.models.te_layers import fuse_gradients  # where it is not installed, its modules are none
+
+            fuse_gradients(model)
     return ModelChunks(chunks, architecture.logit_softcap)
 
 
-def _transformer_config(
-    architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"], recompute: Literal["none", "full"]
-) -> TransformerConfig:
+def _transformer_config(architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"], options: LayerOptions) -> TransformerConfig:
     dtype = DTYPES[precision]
     config = TransformerConfig(
         num_layers=architecture.num_layers,
@@ -128,15 +136,17 @@ def _transformer_config(
         calculate_per_token_loss=True,
         # Weights always come from files; initializing on the CPU also spares CUDA's random state.
         use_cpu_initialization=not torch.cuda.is_available(),
-        # The fused forms need Transformer Engine or Apex.
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's modules fuse it by a switch of their own.
+        gradient_accumulation_fusion=options.fused_gradients and options.kind == "local",
+        # The fused forms of the local layers need Apex, and a bias that these architectures do not have.
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         **_virtual_settings(layout),
-        **_expert_settings(architecture.experts, layout),
-        **({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}),
+        **_expert_settings(architecture.experts, layout, grouped=options.kind == "te"),
+        **options.transformer_settings(has_experts=architecture.experts is not None),
+        **(_window_settings(architecture) if options.kind == "te" and own_attention_reason(architecture, layout) is None else {}),
     )
     if architecture.rope.attention_factor != 1.0:
         _lengthen_rotated(config, architecture.rope.attention_factor)
@@ -173,7 +183,15 @@ def _virtual_settings(layout: ParallelLayout) -> dict[str, Any]:
     return {"virtual_pipeline_model_parallel_size": layout.virtual, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
-def _expert_settings(experts: Experts | None, layout: ParallelLayout) -> dict[str, Any]:
+def _window_settings(architecture: Architecture) -> dict[str, Any]:
+    """Return how Transformer Engine's attention is told of windows: how many positions a query sees before its own, in which layers. Ours knows them itself."""
+    sizes = {window for window in architecture.windows if window is not None}
+    if not sizes:
+        return {}
+    return {"window_size": (sizes.pop() - 1, 0), "window_attn_skip_freq": [int(window is not None) for window in architecture.windows]}
+
+
+def _expert_settings(experts: Experts | None, layout: ParallelLayout, *, grouped: bool) -> dict[str, Any]:
     """Return what makes TransformerConfig's feed-forward a mixture of experts that routes as transformers' Qwen3MoeSparseMoeBlock; no token is dropped."""
     if experts is None:
         return {}
@@ -189,9 +207,8 @@ def _expert_settings(experts: Experts | None, layout: ParallelLayout) -> dict[st
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
-        # One expert after another. With Transformer Engine, TEGroupedMLP would compute a rank's experts in one grouped product on the GPU;
-        # it stores the same checkpoint tensors.
-        "moe_grouped_gemm": False,
+        # One expert after another; with Transformer Engine in one grouped product, which stores the same tensors in a checkpoint.
+        "moe_grouped_gemm": grouped,
     }
 
 
@@ -245,6 +262,17 @@ def keep_recomputed_gradients(chunks: ModelChunks) -> None:
     for model in chunks:
         if model.pre_process:
             model.embedding.register_forward_hook(mark)
+
+
+@contextmanager
+def without_fp8(chunks: ModelChunks) -> Iterator[None]:
+    """Compute in the weights' own precision: a decoding step has fewer tokens than 8-bit products take, and a comparison wants none of their rounding."""
+    config = chunks.config
+    fp8, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
 
 
 @contextmanager

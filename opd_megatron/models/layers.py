@@ -1,13 +1,13 @@
-"""Transformer layers that need neither Transformer Engine nor Apex: Megatron-Core's local layers with our norms and attention.
+"""Transformer layers: Megatron-Core's local ones with our norms and attention, which need neither Transformer Engine nor Apex, or those of `te_layers.py`.
 
-They run on CPU and on CUDA alike; on CUDA, PyTorch's scaled-dot-product attention picks its flash kernel.
+Local layers run on CPU and on CUDA alike; on CUDA, PyTorch's scaled-dot-product attention picks its flash kernel.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from opd_megatron.config import ParallelLayout
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.attention import SDPAttention
+from opd_megatron.models.layer_options import own_attention_reason
 from opd_megatron.parallel.megatron import feed_forward_parts, route_without_transformer_engine
 
 
@@ -40,8 +42,8 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
-class NormedRowParallelLinear(RowParallelLinear):
-    """A row-parallel projection whose output, once summed over tensor ranks, is normed before it joins the residual stream."""
+class OutputNorm(torch.nn.Module):
+    """Before a row-parallel projection among a class's bases: its output, once summed over tensor ranks, is normed before it joins the residual stream."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **settings: Any) -> None:
         super().__init__(input_size, output_size, config=config, **settings)
@@ -50,6 +52,10 @@ class NormedRowParallelLinear(RowParallelLinear):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         output, bias = super().forward(input_)
         return self.post_layernorm(output), bias
+
+
+class NormedRowParallelLinear(OutputNorm, RowParallelLinear):
+    """Megatron-Core's row-parallel projection with a norm behind it."""
 
 
 def packed_sequences(lengths: Sequence[int]) -> PackedSeqParams:
@@ -62,8 +68,22 @@ def packed_sequences(lengths: Sequence[int]) -> PackedSeqParams:
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
-def block_spec(architecture: Architecture, config: TransformerConfig, stage: int, chunk: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    architecture: Architecture, config: TransformerConfig, layout: ParallelLayout, stage: int, chunk: int | None, kind: Literal["te", "local"] = "local"
+) -> TransformerBlockSubmodules:
     """Return the layers of one pipeline stage, or of one of its chunks."""
+    if kind == "te":
+        from opd_megatron.models import te_layers  # where it is not installed, its modules are none
+
+        layer = te_layers.te_layer(architecture, config, own_attention_reason=own_attention_reason(architecture, layout))
+        final_norm: type = te_layers.FINAL_NORM
+    else:
+        layer, final_norm = _local_layer(architecture, config), RMSNorm
+    num_layers = get_num_layers_to_build(config, chunk, stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+
+
+def _local_layer(architecture: Architecture, config: TransformerConfig) -> ModuleSpec:
     layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     if config.num_moe_experts is not None:
         route_without_transformer_engine()
@@ -72,10 +92,14 @@ def block_spec(architecture: Architecture, config: TransformerConfig, stage: int
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(module=SDPAttention, params={"windows": architecture.windows, "softcap": architecture.attention_softcap})
+    attention.core_attention = own_attention(architecture)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if architecture.norms_outputs:
         attention.linear_proj = feed_forward_parts(layer).linear_fc2 = NormedRowParallelLinear
-    num_layers = get_num_layers_to_build(config, chunk, stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return layer
+
+
+def own_attention(architecture: Architecture) -> ModuleSpec:
+    """Return our attention, with what it must know of the architecture."""
+    return ModuleSpec(module=SDPAttention, params={"windows": architecture.windows, "softcap": architecture.attention_softcap})

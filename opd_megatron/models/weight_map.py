@@ -154,4 +154,12 @@ def name_in_layer(local: str, architecture: Architecture, local_experts: Sequenc
     """Return the row name, after its layer, of a parameter that a Megatron layer calls `local`; `local_experts` are the layer's, numbered globally."""
     if expert := re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.*)", local):
         return f"mlp.experts.experts.{expert[2]}[{local_experts[int(expert[1])]}]"
+    if expert := re.fullmatch(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)", local):
+        # Of Transformer Engine's grouped experts.
+        return f"mlp.experts.experts.{expert[1]}[{local_experts[int(expert[2])]}]"
     return (_FUSED_DENSE_NORMS if architecture.experts is None else _FUSED_NORMS).get(local, local)
+
+
+def is_expert(name: str) -> bool:
+    """Return whether Megatron-Core's name of a parameter is one of an expert's own, not of its router."""
+    return ".mlp.experts." in name

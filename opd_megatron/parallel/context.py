@@ -11,9 +11,9 @@ import torch
 from opd_megatron.config import ParallelLayout
 
 
-def padded_length(longest: int, layout: ParallelLayout) -> int:
-    """Return `longest` rounded up to what the layout can split."""
-    multiple = layout.row_multiple
+def padded_length(longest: int, layout: ParallelLayout, rank_multiple: int = 1) -> int:
+    """Return `longest` rounded up to what the layout can split, so that a rank's part is a multiple of `rank_multiple`."""
+    multiple = layout.row_multiple * rank_multiple
     return -(-longest // multiple) * multiple
 
 

@@ -4,7 +4,7 @@ The terms follow Korthikanti et al., "Reducing Activation Recomputation in Large
 counts the tensors that each operation of a layer saves and divides them by the tensor-parallel size t, those between the split parts only
 under sequence parallelism. Adapted to what the layers here do: SwiGLU in place of GeLU, grouped-query attention, flash attention (no scores,
 but a logarithm of their sum per head), RMSNorm on queries and keys, rotary embedding, no dropout. Under full recomputation only the inputs of layers
-are kept, and one layer at a time is whole again in the backward.
+are kept, and one layer at a time is whole again in the backward; under selective recomputation the inputs of the modules that are computed again.
 A mixture of experts is counted with balanced routing: every rank computes as many copies of tokens as it sends out, and where experts are split, those of
 all ranks that have a part of them. Left out: the last micro-batch's routes, which its dispatchers keep beside autograd (5 bytes a token, expert and layer).
 `tests/distributed/test_planned_activations.py` compares the sum with what PyTorch saves.
@@ -12,6 +12,7 @@ all ranks that have a part of them. Left out: the last micro-batch's routes, whi
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from opd_megatron.config import ParallelLayout
@@ -41,8 +42,15 @@ class MicroBatchShape:
     longest: int
 
 
-def layer_activations(architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int) -> list[ActivationTerm]:
-    """Return what one layer saves for one token of a micro-batch: h hidden, f feed-forward, a heads and g key-value heads of size d, t tensor."""
+# Modules that are computed again in the backward: core_attn, mlp, moe. The others need Transformer Engine's layers, and plans are of local ones.
+Modules = Collection[str]
+
+
+def layer_activations(architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int, again: Modules = ()) -> list[ActivationTerm]:
+    """Return what one layer saves for one token of a micro-batch: h hidden, f feed-forward, a heads and g key-value heads of size d, t tensor.
+
+    Of modules that are computed `again` it saves their inputs alone.
+    """
     hidden, tensor = architecture.hidden_size, layout.tensor
     heads, kv_heads, head_dim = architecture.num_heads / tensor, architecture.num_kv_heads / tensor, architecture.head_dim
     whole = tensor if layout.sequence else 1
@@ -50,26 +58,32 @@ def layer_activations(architecture: Architecture, layout: ParallelLayout, shape:
     # With one key-value head a rank the queries of the fused projection are contiguous; otherwise they are copied out of it.
     copied_heads = heads if architecture.qk_norm and kv_heads > 1 else 0
     normed_heads = heads + kv_heads if architecture.qk_norm else 0
+    attends_again = "core_attn" in again
     # Held as values, which are a view of it, or as the keys that a norm reads; gathered values are not.
-    projected_heads = heads + 2 * kv_heads if layout.context == 1 or architecture.qk_norm else 0
-    num_norms = 4 if architecture.norms_outputs else 2
+    projected_heads = heads + 2 * kv_heads if layout.context == 1 or architecture.qk_norm or attends_again else 0
+    feeds_again = ("moe" if architecture.experts else "mlp") in again
+    # Of the norms behind a block, the feed-forward's is a part of it.
+    num_norms = (3 if feeds_again else 4) if architecture.norms_outputs else 2
+    keeps_scores = not architecture.attention_softcap and not attends_again
     return [
         ActivationTerm(num_norms * norm_itemsize(architecture, itemsize) * hidden / whole, f"inputs of {num_norms} norms: {num_norms}h"),
         ActivationTerm(2 * itemsize * hidden / whole, "inputs of the query-key-value and the gate-up projection, or of the router: 2h"),
         ActivationTerm(itemsize * projected_heads * head_dim, "queries, keys and values as projected: (a + 2g) d / t"),
         ActivationTerm(itemsize * copied_heads * head_dim, "queries again, as their norm reads them: a d / t"),
-        *_attention(heads * head_dim, kv_heads * head_dim, layout.context, itemsize, packed=shape.packed, keeps_output=not architecture.attention_softcap),
+        *_attention(heads * head_dim, kv_heads * head_dim, 1 if attends_again else layout.context, itemsize, packed=shape.packed, keeps_output=keeps_scores),
         # Capped attention keeps nothing of its scores.
-        ActivationTerm(0 if architecture.attention_softcap else FP32_BYTES * heads, "logarithm of the sum of attention scores, fp32: a / t"),
+        ActivationTerm(FP32_BYTES * heads if keeps_scores else 0, "logarithm of the sum of attention scores, fp32: a / t"),
         ActivationTerm(FP32_BYTES * (num_norms / whole + normed_heads), "one fp32 number of every norm"),
         # One row per position, whatever the number of sequences.
         ActivationTerm(4 * itemsize * rotated / shape.num_rows, "cosines and sines of the rotation of queries and of keys: 4d a position"),
-        *(
-            _experts(architecture.experts, hidden, whole, layout.expert_tensor, itemsize)
-            if architecture.experts
-            else _feed_forward(architecture.ffn_hidden_size / tensor, itemsize)
-        ),
+        *([] if feeds_again else _block(architecture, layout, whole, itemsize)),
     ]
+
+
+def _block(architecture: Architecture, layout: ParallelLayout, whole: int, itemsize: int) -> list[ActivationTerm]:
+    if architecture.experts:
+        return _experts(architecture.experts, architecture.hidden_size, whole, layout.expert_tensor, itemsize)
+    return _feed_forward(architecture.ffn_hidden_size / layout.tensor, itemsize)
 
 
 def norm_itemsize(architecture: Architecture, itemsize: int) -> int:
@@ -117,24 +131,32 @@ def _experts(experts: Experts, hidden: int, whole: int, parts: int, itemsize: in
     ]
 
 
-def layer_bytes(architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int) -> int:
+def layer_bytes(architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, itemsize: int, again: Modules = ()) -> int:
     """Return the bytes that one layer saves of one micro-batch."""
-    return round(shape.num_tokens * sum(term.num_bytes for term in layer_activations(architecture, layout, shape, itemsize)))
+    return round(shape.num_tokens * sum(term.num_bytes for term in layer_activations(architecture, layout, shape, itemsize, again)))
 
 
 def chunk_activation_bytes(
-    architecture: Architecture, layout: ParallelLayout, shape: MicroBatchShape, *, itemsize: int, num_layers: int, is_last: bool, recompute: bool
+    architecture: Architecture,
+    layout: ParallelLayout,
+    shape: MicroBatchShape,
+    *,
+    itemsize: int,
+    num_layers: int,
+    is_last: bool,
+    recompute: bool,
+    again: Modules = (),
 ) -> int:
     """Return the bytes of one micro-batch on a stage, or on one of its chunks: its layers, and the last norm's input or what is sent on.
 
-    Recomputed, a layer keeps its input alone, and all of them together the angles of the rotation.
+    Recomputed whole, a layer keeps its input alone, and all of them together the angles of the rotation.
     """
     whole = layout.tensor if layout.sequence else 1
     row = shape.num_tokens * itemsize * architecture.hidden_size // whole
     end = shape.num_tokens * (FP32_BYTES + architecture.hidden_size * norm_itemsize(architecture, itemsize)) // whole if is_last else row
     if recompute:
         return num_layers * row + FP32_BYTES * shape.longest // layout.context * architecture.rope.rotated_dims(architecture.head_dim) + end
-    return num_layers * layer_bytes(architecture, layout, shape, itemsize) + end
+    return num_layers * layer_bytes(architecture, layout, shape, itemsize, again) + end
 
 
 def forward_bytes_per_token(architecture: Architecture, layout: ParallelLayout, *, itemsize: int, num_layers: int) -> int:

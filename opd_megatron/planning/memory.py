@@ -120,20 +120,29 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> lis
     """Activations and, on the last stage, the loss."""
     architecture, groups = student.known.architecture, student.groups
     itemsize, flight, layout = student.dtype.itemsize, shape.num_in_flight, groups.layout
-    plan, recompute = shape.training_plan, rank.config.training.recompute
+    training, plan = rank.config.training, shape.training_plan
+    recompute, again = training.recompute, training.recomputed_modules
     batch = MicroBatchShape(num_tokens=shape.micro_batch_tokens, num_rows=plan.num_rows, packed=plan.packed, longest=max(plan.lengths))
     # Of chunks, the last one is the largest: where it ends in a norm.
     num_layers = student.counts.num_layers // layout.virtual
     one = chunk_activation_bytes(
-        architecture, layout, batch, itemsize=itemsize, num_layers=num_layers, is_last=groups.is_last_stage, recompute=recompute == "full"
+        architecture,
+        layout,
+        batch,
+        itemsize=itemsize,
+        num_layers=num_layers,
+        is_last=groups.is_last_stage,
+        recompute=recompute == "full",
+        again=again,
     )
     layers = f"{num_layers} layers" + (f" of a chunk, {layout.virtual} chunks" if layout.virtual > 1 else "")
-    kept = "inputs of layers only" if recompute == "full" else "all that a backward needs"
+    kept = {"full": "inputs of layers only", "selective": f"of {', '.join(again)} inputs only", "none": "all that a backward needs"}[recompute]
     why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {layers}; recompute={recompute}: {kept}"
     terms = [Term(name="activations", phase="train", num_bytes=flight * one, why=why)]
-    if recompute == "full":
-        why = f"1 layer x {shape.micro_batch_tokens:,} tokens, computed again for its backward"
-        terms.append(Term(name="recomputed layer", phase="train", num_bytes=layer_bytes(architecture, layout, batch, itemsize), why=why))
+    if recompute != "none":
+        kept_bytes = layer_bytes(architecture, layout, batch, itemsize, again) if recompute == "selective" else 0
+        why = f"{'1 layer' if recompute == 'full' else 'modules of 1 layer'} x {shape.micro_batch_tokens:,} tokens, computed again for the backward"
+        terms.append(Term(name="recomputed layer", phase="train", num_bytes=layer_bytes(architecture, layout, batch, itemsize) - kept_bytes, why=why))
     if not groups.is_last_stage:
         return terms
     num_columns, chunk = rank.student_columns, max(shape.chunk_tokens, default=0)

@@ -153,7 +153,8 @@ def _split_experts(model: PlannedModel, phase: str, group: str, count: int, copi
 def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """Forward and backward of every micro-batch."""
     batches, groups, layout = shape.num_micro_batches, student.groups, student.groups.layout
-    activation, again = shape.micro_batch_tokens * _row_bytes(student), rank.config.training.recompute == "full"
+    activation, training = shape.micro_batch_tokens * _row_bytes(student), rank.config.training
+    whole, modules, is_dense = training.recompute == "full", training.recomputed_modules, student.known.architecture.experts is None
 
     def tensor(operation: str, per_batch: int, why: str, num_bytes: int = activation) -> Message:
         return Message(phase="train", group="student TP", operation=operation, count=batches * per_batch, num_bytes=num_bytes, why=why)
@@ -161,6 +162,9 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Ite
     if layout.tensor > 1:
         per_layer, first, last = _split_blocks(student), groups.is_first_stage, groups.is_last_stage
         blocks = per_layer * student.counts.num_layers
+        # Of parts of layers, only the dense feed-forward is split over the tensor group from its first product to its last.
+        per_layer_again = per_layer if whole else int("mlp" in modules and is_dense)
+        again = per_layer_again * student.counts.num_layers
         if layout.sequence:
             yield tensor("all-gather", blocks + last, f"forward: {per_layer} a layer, 1 before the head: [S, B, H]")
             yield tensor("reduce-scatter", blocks + first, f"forward: {per_layer} a layer, 1 embedding: [S, B, H]")
@@ -168,20 +172,21 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Ite
             yield tensor("all-gather", 2 * blocks + first, f"backward: {2 * per_layer} a layer, 1 embedding: [S, B, H]")
             yield tensor("reduce-scatter", blocks + last, f"backward: {per_layer} a layer, 1 before the head: [S, B, H]")
             if again:
-                yield tensor("all-gather", blocks, f"recomputation: {per_layer} a layer: [S, B, H]")
-                yield tensor("reduce-scatter", blocks, f"recomputation: {per_layer} a layer: [S, B, H]")
+                yield tensor("all-gather", again, f"recomputation: {per_layer_again} a layer: [S, B, H]")
+                yield tensor("reduce-scatter", again, f"recomputation: {per_layer_again} a layer: [S, B, H]")
         else:
             yield tensor("all-reduce", blocks + first, f"forward: {per_layer} a layer, 1 embedding: [S, B, H]")
             yield tensor("all-reduce", blocks, f"backward: {per_layer} a layer: [S, B, H]")
-            yield tensor("all-reduce", blocks * again, f"recomputation: {per_layer} a layer: [S, B, H]")
+            yield tensor("all-reduce", again, f"recomputation: {per_layer_again} a layer: [S, B, H]")
             yield tensor("all-reduce", last, "backward: hidden states before the head: [T, H]", shape.scored_tokens * _row_bytes(student))
         if last:
             yield from _loss(rank, shape)
     if layout.context > 1:
         count, num_bytes = batches * student.counts.num_layers, shape.micro_batch_tokens * layout.context * _key_value_bytes(student)
         why = "keys and values of a layer, of all positions"
-        times = "forward and recomputation" if again else "forward"
-        yield Message(phase="train", group="student CP", operation="all-gather", count=count * (1 + again), num_bytes=num_bytes, why=f"{times}: {why}")
+        attends_again = whole or "core_attn" in modules
+        times = "forward and recomputation" if attends_again else "forward"
+        yield Message(phase="train", group="student CP", operation="all-gather", count=count * (1 + attends_again), num_bytes=num_bytes, why=f"{times}: {why}")
         yield Message(phase="train", group="student CP", operation="reduce-scatter", count=count, num_bytes=num_bytes, why=f"backward: {why}")
     yield from _experts(
         student,
@@ -189,7 +194,7 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Ite
         "student",
         batches,
         shape.micro_batch_tokens // (layout.tensor if layout.sequence else 1),
-        ("forward", "recomputation", "backward")[:: 1 if again else 2],
+        ("forward", "recomputation", "backward")[:: 1 if whole or "moe" in modules else 2],
     )
     sends = batches * (2 * layout.virtual - groups.is_last_stage - groups.is_first_stage)
     num_bytes = activation // (layout.tensor if layout.sequence else 1)

@@ -20,6 +20,7 @@ _REMEDIES = {
     "gradients": ("training.offload_optimizer=true", "*student.layout.expert", "*student.layout.tensor", "*student.layout.pipeline"),
     "optimizer": ("training.offload_optimizer=true", "*world_size", "*student.layout.tensor", "*student.layout.pipeline"),
     "activations": (
+        "training.recompute=selective",
         "training.recompute=full",
         "/training.micro_batch",
         "student.layout.sequence=true",

@@ -14,7 +14,8 @@ import torch
 from opd_megatron.data.batch_plan import plan_scoring
 from opd_megatron.data.batches import pad_samples
 from opd_megatron.models.forward import forward_hidden, inference_mode
-from opd_megatron.models.gpt import ModelChunks, build_gpt
+from opd_megatron.models.gpt import LOCAL, ModelChunks, build_gpt
+from opd_megatron.models.layer_options import LayerOptions
 from opd_megatron.models.weights import WeightSource, load_model
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.offload import Offloaded
@@ -26,13 +27,21 @@ class Scorer:
     """One rank's part of the model, without gradients or buffers for them; `offloaded` keeps its weights on the host between its uses."""
 
     def __init__(
-        self, source: WeightSource, groups: ModelGroups, *, precision: Literal["bf16", "fp32"], micro_batch: int, offloaded: bool, device: torch.device
+        self,
+        source: WeightSource,
+        groups: ModelGroups,
+        *,
+        precision: Literal["bf16", "fp32"],
+        micro_batch: int,
+        offloaded: bool,
+        device: torch.device,
+        options: LayerOptions = LOCAL,
     ) -> None:
         self.groups = groups
         self.micro_batch = micro_batch
         self.device = device
         # Vocabularies of another multiple than the student's would be padded here; the teacher's own padding is only inside its embedding.
-        self.model = build_gpt(source.architecture, groups, precision=precision, vocab_multiple=1).to(device)
+        self.model = build_gpt(source.architecture, groups, precision=precision, vocab_multiple=1, options=options).to(device)
         with shared_errors():
             load_model(self.model, groups, source, vocab_multiple=1)
         self.model.requires_grad_(False)

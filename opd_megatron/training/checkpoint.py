@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.checkpoint_weights import ASSETS_FOLDER, CheckpointWeights
+from opd_megatron.models.chunk_state import load_weights, sharded_weights
 from opd_megatron.models.damage import DAMAGE, damage_in
 from opd_megatron.models.hf_folder import copy_assets
 from opd_megatron.models.origin import write_origin
@@ -192,7 +193,7 @@ class CheckpointFolder:
             except DAMAGE as error:
                 raise ValueError(f"{checkpoint} is damaged: {damage_in(error)}; {self._way_out(checkpoint)}") from error
         for chunk, tensors in zip(student.model, state["model"], strict=True):
-            chunk.load_state_dict(tensors, strict=True)
+            load_weights(chunk, tensors)
         student.optimizer.load_state_dict(state["optimizer"])
         if student.average is not None:
             slices = student.average.slices
@@ -271,12 +272,12 @@ def _sharded_state(student: Student, search: EffOPD | None, *, is_loading: bool)
     # Adam has no state before its first update, which a run of skipped steps never makes; a load lays the checkpoint over what is there.
     prime_adam(student.optimizer)
     metadata = {**_SHARDING, "dp_cp_group": student.groups.collection.dp_cp}
-    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
+    model = [sharded_weights(chunk, metadata) for chunk in student.model]
     state = {"model": model, "optimizer": student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
 
     def entries() -> list[dict[str, Any]]:
         """Return the model's own again: what is made of them changes them."""
-        return [chunk.sharded_state_dict(metadata=metadata) for chunk in student.model]
+        return [sharded_weights(chunk, metadata) for chunk in student.model]
 
     if student.average is not None:
         state["average"] = sharded_beside(student.model, entries(), student.average.slices, "teacher_average.", only_copy=True)

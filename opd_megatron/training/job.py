@@ -19,6 +19,7 @@ from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.alignment import describe_alignment
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
+from opd_megatron.training.equipment import check_equipment, describe_equipment
 from opd_megatron.training.evaluator import Evaluator
 from opd_megatron.training.measured_modules import measured_choice
 from opd_megatron.training.preflight import MAY_CHANGE
@@ -46,6 +47,7 @@ def run_job(recipe: str, config: RunConfig, run_dir: Path, signals: StopSignals 
 def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.device, signals: StopSignals | None = None) -> Literal["finished", "interrupted"]:
     """The same, for ranks that have joined and stay."""
     stop = StopRequest(device, signals)
+    check_equipment(config)
     # Models, tokenizers and data are opened before the run directory is touched: a mistake in them leaves nothing behind.
     sources = open_sources(config)
     with worlds(config.num_teacher_ranks) as bridge:
@@ -102,6 +104,7 @@ def _train(
     """Load, resume, train, and on the last step export and report."""
     checkpoints = CheckpointFolder(directory.checkpoints, sources.student.assets, keep=config.checkpoint.keep)
     latest = checkpoints.latest_whole(_note)
+    _note(describe_equipment(config, sources.student.architecture, sources.teacher.architecture if sources.teacher is not None else None))
     _note(describe_data(sources))
     if sources.aligner is not None:
         _note(describe_alignment(sources.aligner))

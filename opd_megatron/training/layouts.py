@@ -55,6 +55,7 @@ def _check_student(config: RunConfig, num_ranks: int, student: Architecture | No
     if student is not None:
         student.check_layout("student", layout)
         student.check_training("student", layout)
+        student.check_fp8("student", layout, config.training.fp8)
 
 
 def _check_teacher(config: RunConfig, num_ranks: int, student: Architecture | None, teacher: Architecture | None, layout: ParallelLayout) -> None:

@@ -1,4 +1,8 @@
-"""Megatron-Core's distributed optimizer, and what it needs where Adam is PyTorch's own (no Transformer Engine, no Apex)."""
+"""Megatron-Core's distributed optimizer, and what it needs where Adam is PyTorch's own, which counts steps by parameter, or a fused one, which does by group.
+
+Megatron-Core takes the fused Adam of Transformer Engine, or else of Apex, where `opd_megatron.packages` found one that works. That was not yet run on a GPU;
+`tests/distributed/test_fused_adam.py` runs its branches with an Adam that counts as those do.
+"""
 
 from __future__ import annotations
 
@@ -110,34 +114,57 @@ def optimizer_state(optimizer: ChainedOptimizer) -> list[torch.Tensor]:
 
 
 def prime_adam(optimizer: ChainedOptimizer) -> None:
-    """Give PyTorch's Adam the state of no update where it has none: DistributedOptimizer.state_dict reads every 'step'. Every rank calls it.
+    """Give Adam the state of no update where it has none: what is saved has moments of every parameter, and a step. Every rank calls it.
 
     A rank without parameters learns the step from the others: rank 0's is the one that a checkpoint keeps.
     """
     steps = [0.0]
-    for state, parameter in _adam_states(optimizer):
-        if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
-        steps.append(float(state["step"]))
+    for part in optimizer.chained_optimizers:
+        by_parameter = _counts_by_parameter(part)
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+                    if by_parameter:
+                        state["step"] = torch.tensor(0.0)
+                steps.append(float(state["step"] if by_parameter else group.get("step", 0)))
     largest = torch.tensor([max(steps)], device="cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     for part in optimizer.chained_optimizers:
         part.step_elsewhere = float(largest)
+        if not _counts_by_parameter(part):
+            for group in part.optimizer.param_groups:
+                group["step"] = int(largest)
 
 
 def unshare_adam_step(optimizer: ChainedOptimizer) -> None:
-    """Give every parameter its own step counter after a load.
+    """Give every parameter its own step counter after a load, or every group a whole number.
 
-    DistributedOptimizer.load_state_dict hands all parameters one shared tensor, which Adam then counts up once per parameter.
+    DistributedOptimizer.load_state_dict hands all parameters one shared tensor, which PyTorch's Adam then counts up once per parameter. A fused Adam takes the
+    number that a checkpoint has, which PyTorch's wrote as 12.0, and its kernel only takes 12.
     """
-    for state, _ in _adam_states(optimizer):
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+    for part in optimizer.chained_optimizers:
+        if _counts_by_parameter(part):
+            for state in part.optimizer.state.values():
+                if torch.is_tensor(state.get("step")):
+                    state["step"] = state["step"].clone()
+        else:
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = int(group["step"])
 
 
 def has_finite_state(optimizer: ChainedOptimizer) -> bool:
-    """Return whether every master weight and moment of this rank is a finite number; where Adam is not PyTorch's, nothing is known to be wrong."""
-    values = [value for state, parameter in _adam_states(optimizer) for value in (parameter.detach(), *state.values())]
+    """Return whether every master weight and moment of this rank is a finite number."""
+    adams = [part.optimizer for part in optimizer.chained_optimizers]
+    values = [
+        value
+        for adam in adams
+        for group in adam.param_groups
+        for parameter in group["params"]
+        for value in (parameter.detach(), *adam.state.get(parameter, {}).values())
+    ]
     return all(bool(value.isfinite().all()) for value in values if isinstance(value, torch.Tensor))
 
 
@@ -145,7 +172,7 @@ def restart_adam(optimizer: ChainedOptimizer) -> None:
     """Begin the moments anew, as if there had been no update."""
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
-            # Transformer Engine's Adam counts by group, PyTorch's by parameter.
+            # A fused Adam counts by group, PyTorch's by parameter.
             if "step" in group:
                 group["step"] = 0
         for state in part.optimizer.state.values():
@@ -154,9 +181,8 @@ def restart_adam(optimizer: ChainedOptimizer) -> None:
                     value.zero_()
 
 
-def _adam_states(optimizer: ChainedOptimizer) -> list[tuple[dict[str, Any], torch.nn.Parameter]]:
-    inner = [part.optimizer for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]
-    return [(adam.state[parameter], parameter) for adam in inner for group in adam.param_groups for parameter in group["params"]]
+def _counts_by_parameter(part: Any) -> bool:
+    return isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 def _restore_adam_step() -> None:
@@ -188,7 +214,7 @@ def _state_without_parameters() -> None:
     def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
         """Return what the original does, {"optimizer": {"param_groups": [...]}}; without parameters, with the step of the other ranks."""
         adam: Any = self.optimizer
-        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW) or adam.state:
+        if not _counts_by_parameter(self) or adam.state:
             return original(self)
         groups = [{key: value for key, value in group.items() if key != "params"} for group in adam.state_dict()["param_groups"]]
         return {"optimizer": {"param_groups": [{**group, "step": getattr(self, "step_elsewhere", 0.0)} for group in groups]}}

@@ -13,6 +13,7 @@ import torch
 
 from opd_megatron.data.batches import Sample
 from opd_megatron.data.prompts import Prompt
+from opd_megatron.models.gpt import without_fp8
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.teacher import Teacher
 from opd_megatron.training.objective import Objective
@@ -36,7 +37,9 @@ def check_self_divergence(
     rollouts = Rollouts(tuple(_halved(prompt) for prompt in chosen), policy_version=0)
     if align is not None:
         rollouts = align(rollouts)
-    sums = student.measure(student.micro_batches(rollouts, own_weights.score(rollouts)), objective)
+    # The path is tested, not what 8-bit products round.
+    with without_fp8(student.model):
+        sums = student.measure(student.micro_batches(rollouts, own_weights.score(rollouts)), objective)
     divergence = sums.per_row(sums.divergence)
     tolerance = _TOLERANCE[own_weights.dtype]
     if not math.isfinite(divergence) or abs(divergence) > tolerance:

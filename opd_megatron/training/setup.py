@@ -21,6 +21,7 @@ from opd_megatron.models.allocation import chosen_names
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.gpt import DTYPES, ModelChunks
 from opd_megatron.models.hf_folder import stop_token_ids
+from opd_megatron.models.layer_options import layers_here
 from opd_megatron.models.limits import longest_evaluated_teacher_prompt, longest_teacher_prompt
 from opd_megatron.models.weights import WeightSource, open_weights
 from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_groups
@@ -202,8 +203,15 @@ def make_scorer(source: WeightSource, config: RunConfig, groups: ModelGroups, de
     """Return this rank's part of a frozen model as the configuration wants its teacher."""
     assert config.teacher is not None
     offloaded = config.teacher.placement == "offloaded"
-    precision = config.training.precision
-    return Scorer(source, groups, precision=precision, micro_batch=config.teacher.micro_batch, offloaded=offloaded, device=device)
+    return Scorer(
+        source,
+        groups,
+        precision=config.training.precision,
+        micro_batch=config.teacher.micro_batch,
+        offloaded=offloaded,
+        device=device,
+        options=layers_here(config.training).frozen,
+    )
 
 
 def make_router(source: WeightSource, config: RunConfig, bridge: Bridge) -> Router:

@@ -25,7 +25,9 @@ from opd_megatron.config import RunConfig
 from opd_megatron.data.batch_plan import TrainingBatches
 from opd_megatron.losses.fused_head import FusedDivergence, TokenStatistics
 from opd_megatron.models.allocation import Allocation
+from opd_megatron.models.forward import without_recomputation
 from opd_megatron.models.gpt import build_gpt, forget_routes, head_weight, hidden_states_only, keep_recomputed_gradients
+from opd_megatron.models.layer_options import layers_here
 from opd_megatron.models.layers import packed_sequences
 from opd_megatron.models.weight_map import EMBEDDING, weight_map
 from opd_megatron.models.weights import WeightSource, load_model, named_global_parameters
@@ -86,6 +88,9 @@ def _mean(total: float, count: float) -> float:
     return total / count if count else 0.0
 
 
+# Gradients that travel together under `training.overlap_grad_reduce`, at least; None is Megatron-Core's choice, 40 million or more.
+BUCKET_NUMBERS: int | None = None
+
 # (hidden states after the last stage, their micro-batch) -> (loss sum, count, what is reported), as Megatron's schedule takes them.
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -98,6 +103,7 @@ class Student:
         self.device = device
         self.architecture = source.architecture
         self.training = config.training
+        self.options = layers_here(config.training)
         self.batches = TrainingBatches.of(config, groups.data_size)
         self.padded_vocab = source.architecture.padded_vocab_size(groups.layout.tensor, config.student.vocab_multiple)
         self.model = build_gpt(
@@ -105,7 +111,7 @@ class Student:
             groups,
             precision=config.training.precision,
             vocab_multiple=config.student.vocab_multiple,
-            recompute=config.training.recompute,
+            options=self.options,
         ).to(device)
         with shared_errors():
             load_model(self.model, groups, source, vocab_multiple=config.student.vocab_multiple)
@@ -126,13 +132,29 @@ class Student:
             parameter.requires_grad_(name in allocation.trained)
             if name in allocation.factors:
                 factors[parameter] = allocation.factors[name]
-        if self.training.recompute == "full" and EMBEDDING not in allocation.trained:
+        if self.options.recomputes_from_inputs and EMBEDDING not in allocation.trained:
             keep_recomputed_gradients(self.model)
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self.ddp = [DistributedDataParallel(chunk.config, ddp_config, Float16Module(chunk.config, chunk) if self._is_half else chunk) for chunk in self.model]
+        self.ddp = self._wrapped()
         self.optimizer, self.scheduler = build_optimizer(self.ddp, self.training, factors)
         self.allocation, self._offloaded = allocation, None
         self._leave()
+
+    def _wrapped(self) -> list[DistributedDataParallel]:
+        """Return the chunks with buffers for their gradients; a bucket travels when the last micro-batch has filled it (`overlap_grad_reduce`), or after it."""
+        config, overlap = self.model.config, self.training.overlap_grad_reduce
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=BUCKET_NUMBERS
+        )
+        chunks = [
+            # Of the chunks of one rank the first ends its backward last: only its gradients have to be on their way before all are there.
+            DistributedDataParallel(config, settings, Float16Module(config, chunk) if self._is_half else chunk, disable_bucketing=overlap and place > 0)
+            for place, chunk in enumerate(self.model)
+        ]
+        if overlap:
+            # How Megatron's schedules hold the gradients back until the last micro-batch.
+            holds = [chunk.no_sync for chunk in chunks]
+            config.no_sync_func = holds if len(holds) > 1 else holds[0]  # type: ignore[assignment]
+        return chunks
 
     def describe_trained(self) -> str:
         """Return one line on what trains, and what its gradients take on this rank, for the log."""
@@ -151,6 +173,7 @@ class Student:
             parameter.data = parameter.data.clone()
             parameter.__dict__.pop("main_grad", None)
         self.ddp = []
+        self.model.config.no_sync_func = None
 
     def paired_shard(self, vocabulary: SharedVocabulary) -> PairedShard:
         """Return how this rank's columns of the vocabulary are paired with another one."""
@@ -237,7 +260,7 @@ class Student:
     def _forward_only(self, micro_batches: MicroBatches, loss: LossFunction) -> list[torch.Tensor]:
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_recomputation(self.model):
                 return self._run_schedule(micro_batches, loss, forward_only=True)
         finally:
             self.model.train()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_megatron.config import ParallelLayout, RunConfig, apply_overrides
-from tests.planned import PACKED, PUBLISHED, RECOMPUTED, build, longest_rollouts, storages, tiny_config
+from tests.planned import PACKED, PUBLISHED, RECOMPUTED, SELECTED, build, longest_rollouts, storages, tiny_config
 from tests.pool import RankPool
 
 
@@ -25,12 +25,14 @@ def saved_bytes(config: RunConfig) -> int:
     """Return the bytes that autograd keeps of one forward of the student."""
     from opd_megatron.models.gpt import build_gpt, hidden_states_only
     from opd_megatron.models.hf_folder import read_architecture
+    from opd_megatron.models.layer_options import layers_here
     from opd_megatron.models.layers import RMSNorm, packed_sequences
     from opd_megatron.parallel.groups import student_groups
 
     groups = student_groups(config.student.layout, 1)
     training = config.training
-    model = build_gpt(read_architecture(Path(config.student.hf)), groups, precision=training.precision, vocab_multiple=4, recompute=training.recompute)
+    options = layers_here(training)
+    model = build_gpt(read_architecture(Path(config.student.hf)), groups, precision=training.precision, vocab_multiple=4, options=options)
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,9 +49,9 @@ def saved_bytes(config: RunConfig) -> int:
     finally:
         RMSNorm.forward = usual
     if "mixture" in config.student.hf:
-        # Experts see matrices: all that is saved counts, but weights and ids of tokens.
+        # Experts see matrices: all that is saved counts, but weights, ids of tokens, and the kind of mask (a number on the host) of attention computed again.
         weights = storages(model.parameters())
-        kept = storages(tensor for tensor in saved.values() if tensor.shape != tokens_BS.shape)
+        kept = storages(tensor for tensor in saved.values() if tensor.shape not in (tokens_BS.shape, (1,)))
         return sum(num_bytes for place, num_bytes in kept.items() if place not in weights)
     # Matrices are no activations: weights, token ids, and the mask that attention over context ranks needs on CPU (flash attention needs none).
     return sum(storages(tensor for tensor in saved.values() if tensor.dim() > 2).values())
@@ -181,6 +183,15 @@ def planned_forward(config: RunConfig) -> int:
         ("student", {"tensor": 2}, [PACKED, RECOMPUTED]),
         ("gemma2", {}, [PACKED]),
         ("phi3", {}, [RECOMPUTED]),
+        ("student", {}, [*SELECTED]),
+        ("llama", {"tensor": 2, "sequence": True}, [*SELECTED]),
+        ("llama", {"context": 2}, [*SELECTED]),
+        ("gemma2", {}, [*SELECTED, PACKED]),
+        ("gemma2", {"context": 2}, [*SELECTED]),
+        ("mixture", {"expert": 2}, [*SELECTED]),
+        ("mixture_teacher", {}, [*SELECTED, PACKED]),
+        ("student", {}, ["training.recompute=selective", "training.recompute_modules=core_attn"]),
+        ("student", {"tensor": 2}, ["training.recompute=selective"]),
     ],
 )
 def test_autograd_saves_what_was_planned_of_packs_and_recomputed_layers(

@@ -15,7 +15,7 @@ import torch
 
 from opd_megatron.config import RunConfig, TrainingConfig, apply_overrides
 from opd_megatron.parallel.layout import replica_share
-from tests.planned import LAYOUTS, MIXTURES, PACKED, PUBLISHED, RECOMPUTED, buffers, build, config_of, longest_rollouts
+from tests.planned import LAYOUTS, MIXTURES, PACKED, PUBLISHED, RECOMPUTED, SELECTED, buffers, build, config_of, longest_rollouts
 from tests.pool import RankPool
 
 OPERATIONS = {
@@ -105,6 +105,12 @@ def test_ranks_send_as_many_messages_as_planned(planned_models: Path, pool: Rank
 def test_packs_and_recomputed_layers_send_as_many_messages_as_planned(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     config = replace(config_of(planned_models, name), training=TrainingConfig(precision="fp32"))
     check_messages(apply_overrides(config, [RECOMPUTED, PACKED]), pool, planner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2+SPxDP2, teacher TP2xPP2", "CP2xTP2, teacher CP2xPP2", "EP2xPP2, teacher EP4", "EP2xETP2, teacher TP2xETP2"])
+def test_recomputed_modules_send_as_many_messages_as_planned(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
+    check_messages(apply_overrides(config_of(planned_models, name), SELECTED), pool, planner)
 
 
 @pytest.mark.slow

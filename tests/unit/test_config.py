@@ -47,7 +47,7 @@ def value_of(config: Any, key: str) -> Any:
 
 def as_word(value: Any) -> str:
     """A value as a user would type it."""
-    if value is None or isinstance(value, bool | Mapping):
+    if value is None or isinstance(value, bool | Mapping | tuple):
         return json.dumps(value)
     return str(value)
 
@@ -479,7 +479,8 @@ def test_every_key_takes_its_own_value_back(key: str) -> None:
 def test_the_resolved_configuration_survives_json() -> None:
     config = apply_overrides(BASE, ["data.task_options.sizes=[1, 2]", "loss.pointwise_clip=0.1", "evaluation.prompts=other.jsonl"])
     assert json.loads(json.dumps(config.to_json())) == config.to_json()
-    assert leaves(config.to_json()) == {key: value_of(config, key) for key in all_keys(config)}
+    values = {key: value_of(config, key) for key in all_keys(config)}
+    assert leaves(config.to_json()) == {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 @pytest.mark.parametrize("key", all_keys(BASE))
