@@ -31,13 +31,13 @@ def inference_mode(model: ModelChunks, groups: ModelGroups, *, context_parallel:
     try:
         with torch.no_grad(), _switched_off(model, _SEQUENCE if context_parallel else _SEQUENCE | _CONTEXT):
             yield
-            _lend_experts(model, groups)
+            lend_experts(model, groups)
     finally:
         model.train(was_training)
 
 
-def _lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
-    """Run forwards of nothing but padding for as long as another replica has text: its tokens visit experts that are here."""
+def lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
+    """Run forwards of nothing but padding for as long as another replica has text: its tokens visit experts that are here. Inside `inference_mode`."""
     # An even number of positions, which context parallelism cuts into two chunks.
     padding_BS = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     while _in_step(groups, has_text=False, device=padding_BS.device):

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "teacher.staleness",
     "teacher.self_test",
     "teacher.micro_batch",
+    "teacher.transfer_rounds",
     "rollout.batch_sequences",
     "rollout.record",
     "loss.chunk_tokens",

@@ -44,6 +44,7 @@ def held_apart(config: RunConfig) -> dict[str, int]:
     from opd_megatron.models.weights import open_weights
     from opd_megatron.parallel.groups import teacher_groups
     from opd_megatron.parallel.world import worlds
+    from opd_megatron.teacher.routing import Courier
     from opd_megatron.training.setup import make_router, make_scorer
 
     with worlds(config.num_teacher_ranks) as bridge:
@@ -52,13 +53,20 @@ def held_apart(config: RunConfig) -> dict[str, int]:
         device, source = torch.device("cpu"), open_weights(hf=config.teacher.hf)
         scorer, router = make_scorer(source, config, teacher_groups(config.teacher.layout), device), make_router(source, config, bridge)
         rollouts = bridge.told_by_student().rollouts
-        route, rows = router.route(rollouts), scorer.hidden_rows(rollouts)
-        router.deliver(route, rows, device)
+        routes = router.routes(rollouts)
+        courier, made = Courier(router, routes, device), []
+
+        def send(rows: dict[int, torch.Tensor]) -> None:
+            made.extend(part.nbytes for part in rows.values())
+            courier.send(rows)
+
+        scorer.score(rollouts, send, num_rounds=router.num_rounds)
+        courier.finish()
         return {
             "teacher weights": sum(storages(scorer.model.parameters()).values()),
-            "scores made": sum(part.nbytes for part in rows.values()),
-            "payload bytes": route.plan.sent_rows() * router.row_bytes,
-            "gathered bytes": route.plan.gathered_rows() * router.row_bytes,
+            "scores made": sum(made),
+            "payload bytes": sum(route.plan.sent_rows() for route in routes) * router.row_bytes,
+            "gathered bytes": sum(route.plan.gathered_rows() for route in routes) * router.row_bytes,
         }
 
 
