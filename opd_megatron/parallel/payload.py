@@ -123,10 +123,13 @@ def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[in
 def _batches(pieces: Sequence[int], num_rows: Sequence[int], max_rows: int) -> list[list[int]]:
     """Return the pieces in order, as many together as have at most `max_rows` rows; one that has more is alone."""
     batches: list[list[int]] = [[]]
+    filled = 0
     for piece in pieces:
-        if batches[-1] and sum(num_rows[i] for i in batches[-1]) + num_rows[piece] > max_rows:
+        if batches[-1] and filled + num_rows[piece] > max_rows:
             batches.append([])
+            filled = 0
         batches[-1].append(piece)
+        filled += num_rows[piece]
     return batches
 
 

@@ -158,16 +158,23 @@ def cut_into_pieces(
     """Return the pieces of all samples, sample after sample, rows in order; a sample without scored rows has one piece of none."""
     pieces = []
     for index, (sample, theirs, ours) in enumerate(zip(samples, teacher_places, student_places, strict=True)):
-        # The same token may have another place after the teacher's prompt.
-        read = sample.as_teacher_reads()
-        response_R = torch.arange(read.num_scored) + len(read.prompt_ids) - 1
-        holder_R = context_rank(response_R, theirs.length, teacher.layout.context)
-        owners, counts = torch.unique_consecutive(torch.stack([holder_R, _needer(sample, ours, student)], -1), dim=0, return_counts=True)
-        for (teacher_context, student_context), num_rows in zip(owners.tolist() or [(0, 0)], counts.tolist() or [0], strict=True):
+        for (teacher_context, student_context), num_rows in _owners(sample, theirs.length, teacher.layout.context, ours, student):
             holders = teacher.last_stage_ranks(theirs.replica, teacher_context)
             needers = student.last_stage_ranks(ours.replica, student_context) if student_context >= 0 else ()
             pieces.append(Piece(sample=index, num_rows=num_rows, holders=tuple(holders), needers=tuple(needers)))
     return pieces
+
+
+def _owners(sample: Sample, length: int, size: int, ours: Place, student: RankGrid) -> list[tuple[tuple[int, int], int]]:
+    """Return the context ranks (teacher's, student's) that consecutive rows of a sample lie on, and how many rows; the teacher pads it to `length`."""
+    # The same token may have another place after the teacher's prompt.
+    read = sample.as_teacher_reads()
+    if read.num_scored == 0 or (sample.units is None and size == student.layout.context == 1):
+        # Nothing is cut: a step of a large batch has thousands of these.
+        return [((0, 0), read.num_scored)]
+    holder_R = context_rank(torch.arange(read.num_scored) + len(read.prompt_ids) - 1, length, size)
+    owners, counts = torch.unique_consecutive(torch.stack([holder_R, _needer(sample, ours, student)], -1), dim=0, return_counts=True)
+    return [((holder, needer), count) for (holder, needer), count in zip(owners.tolist(), counts.tolist(), strict=True)]
 
 
 def _needer(sample: Sample, place: Place, student: RankGrid) -> torch.Tensor:

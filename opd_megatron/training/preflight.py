@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "training.micro_batch_tokens",
     "training.recompute",
     "training.offload_optimizer",
+    "training.check_memory",
     "training.max_skipped_steps",
     "training.watchdog_seconds",
     "training.peak_tflops",
