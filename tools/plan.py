@@ -3,7 +3,8 @@
     python tools/plan.py NAME [KEY=VALUE ...] [--nodes N --gpus-per-node G] [--gpu-memory GIB] [--json]
 
 Models that are not downloaded yet are planned from recipes/architectures/NAME/config.json.
-Exit code 0 if every rank fits into --gpu-memory, 2 if not, with what each part needs, changes and recipes that fit, and for wrong input: of layouts with the nearest that work.
+Exit code 0 if every rank fits into --gpu-memory; 2 if not, with what each part needs, and changes and recipes that fit, and for wrong input: of layouts
+with the nearest that work.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ _DOUBLINGS = (2, 4, 8)
 _NUM_SHOWN = 3
 # Changes that are tried together where none is enough.
 _MOST_TOGETHER = 6
+# A recipe that needs less than this part of a GPU is no substitute for one that does not fit on it: tiny models for a laptop.
+_LEAST_SHARE = 0.05
 # The keys that shrink a term; `*` grows, `/` shrinks.
 _REMEDIES = {
     "weights": ("*student.layout.expert", "*student.layout.tensor", "*student.layout.pipeline"),
@@ -109,7 +111,8 @@ def fitting_recipes(config: RunConfig, free_bytes: int, catalogue: Catalogue) ->
     models: dict[str, tuple[str | None, ...]] = {}
     for name, recipe in catalogue.recipes.items():
         other = recipe()
-        if other.world_size <= config.world_size and (largest := catalogue.planned(other)) is not None and largest.total_bytes <= free_bytes:
+        largest = catalogue.planned(other) if other.world_size <= config.world_size else None
+        if largest is not None and _LEAST_SHARE * free_bytes <= largest.total_bytes <= free_bytes:
             sizes[name] = largest.total_bytes
             models[name] = (other.student.hf, other.teacher.hf if other.teacher is not None else None)
     largest_first = sorted(sizes, key=lambda name: -sizes[name])

@@ -1,4 +1,4 @@
-"""Whether a run fits into the memory that its GPUs have free: the planner is asked before a weight is loaded.
+"""Whether a run fits into the memory that its GPUs have free: the planner is asked before a weight is loaded. And what is said of too little in mid-run.
 
 What it does not count (the CUDA context is there already; communication buffers, fragmentation) may still end a run whose plan just fits.
 """
@@ -6,7 +6,8 @@ What it does not count (the CUDA context is there already; communication buffers
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from opd_megatron.planning.payload import step_payload
 from opd_megatron.planning.ranks import plan_rank
 from opd_megatron.planning.remedies import Catalogue, shortfall
 from opd_megatron.planning.text import GIB
+from opd_megatron.reporting.cause import out_of_memory
 from opd_megatron.training.layouts import check_layouts
 
 
@@ -77,3 +79,12 @@ def free_gpu_bytes(device: torch.device) -> int:
     mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
     dist.all_gather_object(gpus, mine)
     return free // gpus.count(mine)
+
+
+@contextmanager
+def naming_memory(doing: Callable[[], str]) -> Iterator[None]:
+    """Have the error of a GPU without memory say what was done and what to turn. It stays a crash: steps before it are saved, and the run can go on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(out_of_memory(doing(), str(error))) from error

@@ -22,7 +22,7 @@ from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.alignment import describe_alignment
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.evaluator import Evaluator
-from opd_megatron.training.free_memory import check_free_memory, free_gpu_bytes
+from opd_megatron.training.free_memory import check_free_memory, free_gpu_bytes, naming_memory
 from opd_megatron.training.measured_modules import measured_choice
 from opd_megatron.training.preflight import MAY_CHANGE
 from opd_megatron.training.recorder import Recorder
@@ -63,7 +63,8 @@ def run_in_world(
         check_free_memory(config, models[0], models[1] if len(models) > 1 else None, free_gpu_bytes(device), catalogue, _note)
     with worlds(config.num_teacher_ranks) as bridge:
         if bridge.rank not in bridge.student_ranks:
-            return serve(config, sources, bridge, device)
+            with naming_memory(lambda: "the phase 'teacher', on a rank of its own"):
+                return serve(config, sources, bridge, device)
         try:
             status = _run_student(recipe, config, sources, run_dir, bridge, device, stop)
         except ValueError:
@@ -121,7 +122,8 @@ def _train(
         with shared_errors():
             if dist.get_rank() == 0:
                 sources.aligner.vocabulary.save(directory.shared_vocabulary)
-    parts = build_parts(config, sources, directory.path, bridge, device, _note)
+    with naming_memory(lambda: "loading"):
+        parts = build_parts(config, sources, directory.path, bridge, device, _note)
     try:
         status, done = _train_parts(config, sources, parts, directory, checkpoints, latest, stop)
     except ValueError:
