@@ -179,10 +179,8 @@ def _make_fetch(config: Any, bridge: Any, device: Any, rollouts: Any) -> Any:
 
 
 def _show(result: dict[str, Any]) -> None:
-    seconds = result["seconds"]
-    print(
-        f"{result['layout']}, {result['device']}: {result['bytes_on_rank_0'] / 2**20:.1f} MiB on rank 0, {result['num_rounds']} rounds, {result['repeats']} repeats"
-    )
+    seconds, mebibytes = result["seconds"], result["bytes_on_rank_0"] / 2**20
+    print(f"{result['layout']}, {result['device']}: {mebibytes:.1f} MiB on rank 0, {result['num_rounds']} rounds, {result['repeats']} repeats")
     print(f"at once {seconds['at_once']:.3f} s, in rounds {seconds['in_rounds']:.3f} s: {result['ratio']:.2f} of the time (median of pairs)")
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from opd_megatron.data.batch_plan import BatchPlan, plan_scoring
-from opd_megatron.data.batches import pad_samples
+from opd_megatron.data.batches import on_device, pad_samples
 from opd_megatron.models.forward import forward_hidden, inference_mode, lend_experts
 from opd_megatron.models.gpt import ModelChunks, build_gpt
 from opd_megatron.models.weights import WeightSource, load_model
@@ -79,12 +79,12 @@ class Scorer:
         size, rank = self.groups.layout.context, self.groups.cell.context
         for chosen in micro_batches:
             samples = [rollouts.samples[index] for index in chosen]
-            # Cut on the host, where counting does not wait for the GPU.
-            batch = pad_samples(samples, length=plan.lengths[chosen[0]], device=torch.device("cpu")).context_window(size=size, rank=rank)
+            batch = pad_samples(samples, length=plan.lengths[chosen[0]]).context_window(size=size, rank=rank)
+            # Counted on the host: the GPU must not be waited for between two micro-batches.
             counts = torch.bincount(batch.scored_T // batch.tokens_BS.size(1), minlength=len(chosen)).tolist()
-            hidden_BSG = forward_hidden(self.model, self.groups, batch.tokens_BS.to(self.device))
+            hidden_BSG = forward_hidden(self.model, self.groups, on_device(batch.tokens_BS, self.device))
             if hidden_BSG is not None:
-                rows.update(zip(chosen, hidden_BSG.flatten(0, 1)[batch.scored_T.to(self.device)].split(counts), strict=True))
+                rows.update(zip(chosen, hidden_BSG.flatten(0, 1)[on_device(batch.scored_T, self.device)].split(counts), strict=True))
         if not is_last:
             # Done with less than others, a replica lends its experts before it waits for what those score; after the last round `inference_mode` does.
             lend_experts(self.model, self.groups)
