@@ -19,6 +19,7 @@ from opd_megatron.config import AlignmentConfig, LossConfig, ParallelLayout, Pri
 from opd_megatron.data.batch_plan import plan_scoring
 from opd_megatron.parallel.delivery import Channel, Delivery
 from opd_megatron.parallel.payload import plan_payload
+from recipes.run import find_recipe
 from tests.distributed.test_faults import _command
 from tests.distributed.test_faults import models as faults_models
 from tests.planned import config_of
@@ -166,6 +167,26 @@ def test_rounds_are_planned(planned_models: Path, pool: RankPool, planner: Calla
     for rank, held in enumerate(pool.run(held_bytes, config)):
         for kind in ("scores received", "payload bytes", "gathered bytes"):
             assert planned[rank][kind] == held[kind], (rank, kind)
+
+
+@pytest.mark.parametrize("name", ["qwen3_1p7b_from_8b_8gpu_h100", "qwen3_1p7b_from_8b_16gpu_h100_pipelined", "llama3_8b_from_70b_32gpu_h100"])
+@pytest.mark.parametrize("apart", [False, True], ids=["beside the student", "on ranks of its own"])
+def test_rounds_take_at_most_one_round_more_memory_than_one_transfer(name: str, apart: bool) -> None:
+    from opd_megatron.planning.payload import step_payload
+
+    config = find_recipe(name)()
+    if apart:
+        assert config.teacher is not None
+        config = apply_overrides(config, ["teacher.placement=dedicated", f"teacher.num_ranks={config.world_size // 2}"])
+    at_once, in_rounds = (step_payload(apply_overrides(config, [f"teacher.transfer_rounds={num_rounds}"])) for num_rounds in (1, 4))
+    assert (len(at_once.routes), len(in_rounds.routes)) == (1, 4)
+    assert at_once.all_sent_rows() == in_rounds.all_sent_rows()
+    for rank in range(config.world_size):
+        receives = not apart or rank < config.world_size // 2
+        before, after = (payload.scored_rows(rank, receives=receives) + payload.buffered_rows(rank, receives=receives) for payload in (at_once, in_rounds))
+        # Shares are made even once a round.
+        assert after <= before + at_once.held_rows(rank) / 4 + 4 * config.student.layout.tensor
+        assert in_rounds.needed_rows(rank) == at_once.needed_rows(rank)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------------------------
