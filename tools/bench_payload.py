@@ -96,11 +96,12 @@ def _measure(arguments: argparse.Namespace) -> None:
 
     device, folder = join_world(), Path(os.environ["OPD_BENCH_FOLDER"])
     config = _config(arguments, folder / "teacher")
-    rank, seconds = dist.get_rank(), {"at_once": [], "in_rounds": []}
+    seconds: dict[str, list[float]] = {"at_once": [], "in_rounds": []}
     with worlds(config.num_teacher_ranks) as bridge:
         fetch = _make_fetch(config, bridge, device, _rollouts(arguments))
         # The first time of either warms up, and its results are compared.
-        first, second, num_rounds = fetch(1)[0], *fetch(arguments.rounds)
+        first, _ = fetch(1)
+        second, num_rounds = fetch(arguments.rounds)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[sample], second[sample]) for sample in first)
         for _ in range(arguments.repeats):
@@ -113,7 +114,7 @@ def _measure(arguments: argparse.Namespace) -> None:
                 slowest = torch.tensor([time.perf_counter() - started], device=device)
                 dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=bridge.group)
                 seconds[name].append(float(slowest))
-        if rank == 0 and bridge.rank == 0:
+        if bridge.rank == 0:
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             pairs = [after / before for before, after in zip(seconds["at_once"], seconds["in_rounds"], strict=True)]
             num_bytes = sum(rows.nbytes for rows in first.values())

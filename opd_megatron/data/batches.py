@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return it where it is computed with."""
-        moved = {name: on_device(getattr(self, name), device) for name in ("tokens_BS", "scored_T", "target_T", "sampled_logp_T", "token_T")}
+        moved: dict[str, Any] = {name: on_device(getattr(self, name), device) for name in ("tokens_BS", "scored_T", "target_T", "sampled_logp_T", "token_T")}
         return replace(self, **moved)
 
     def context_window(self, *, size: int, rank: int) -> TokenBatch:
