@@ -34,6 +34,8 @@ from opd_megatron.reporting.run_directory import RunDirectory, given_path
 from opd_megatron.training.preflight import MAY_CHANGE, check_run
 from opd_megatron.training.stop_signals import StopSignals
 
+# Architectures of models that may not be on this machine.
+PUBLISHED = (Path(__file__).parent / "architectures", Path(__file__).parent / "assets")
 EXIT_CRASH = 1
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 75
@@ -124,10 +126,12 @@ def _check_alone(config: RunConfig) -> None:
 
 def _run(name: str, config: RunConfig, run_dir: Path, signals: StopSignals | None) -> int:
     opd_megatron.import_megatron()
+    from opd_megatron.training.free_memory import make_catalogue
     from opd_megatron.training.job import run_job
 
     try:
-        return EXIT_INTERRUPTED if run_job(name, config, run_dir, signals) == "interrupted" else 0
+        status = run_job(name, config, run_dir, signals, make_catalogue(PUBLISHED, all_recipes()))
+        return EXIT_INTERRUPTED if status == "interrupted" else 0
     except ValueError as error:
         code = _mistake(error)
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
     python tools/plan.py NAME [KEY=VALUE ...] [--nodes N --gpus-per-node G] [--gpu-memory GIB] [--json]
 
 Models that are not downloaded yet are planned from recipes/architectures/NAME/config.json.
-Exit code 0 if every rank fits into --gpu-memory, 2 if not, with what to change, and for wrong input: of layouts with the nearest that work.
+Exit code 0 if every rank fits into --gpu-memory; 2 if not, with what each part needs, and changes and recipes that fit, and for wrong input: of layouts
+with the nearest that work.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ import math
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import opd_megatron
 from opd_megatron.config import RunConfig, apply_overrides
-from recipes.run import find_recipe
+from recipes.run import PUBLISHED, all_recipes, find_recipe
 
-_RECIPES = Path(__file__).parents[1] / "recipes"
-PUBLISHED = (_RECIPES / "architectures", _RECIPES / "assets")
 GPUS_PER_NODE = 8
 
 
@@ -35,6 +33,7 @@ def main() -> int:
             raise ValueError(f"--gpu-memory {arguments.gpu_memory} must be positive and not infinite, in GiB")
         opd_megatron.import_megatron()
         from opd_megatron.planning import as_json, as_text, make_plan, shortfall
+        from opd_megatron.training.free_memory import make_catalogue
 
         refuse_what_a_run_would(config)
         plan = make_plan(config, PUBLISHED)
@@ -44,7 +43,7 @@ def main() -> int:
             print(json.dumps(as_json(plan, gpu_memory_bytes)), flush=True)
         else:
             print(as_text(plan, gpu_memory_bytes, arguments.gpus_per_node or GPUS_PER_NODE), flush=True)
-        missing = shortfall(plan, gpu_memory_bytes, PUBLISHED, refuse_what_a_run_would)
+        missing = shortfall(config, plan.largest, gpu_memory_bytes, make_catalogue(PUBLISHED, all_recipes()))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,13 +66,9 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 def refuse_what_a_run_would(config: RunConfig) -> None:
     """Raise ValueError, with the nearest layouts that do, where a run would refuse those of `config`."""
-    from opd_megatron.planning.architectures import find_model
-    from opd_megatron.training.layouts import check_layouts
+    from opd_megatron.training.free_memory import refuse_layouts
 
-    student = find_model("student", config.student, PUBLISHED).architecture
-    settings = config.teacher_source
-    teacher = find_model("teacher", settings, PUBLISHED).architecture if settings is not None else None
-    check_layouts(config, config.world_size, student, teacher)
+    refuse_layouts(config, PUBLISHED)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -113,9 +113,13 @@ class TeacherConfig:
     self_test: bool = True
     # Sequences of similar length scored at once by one replica.
     micro_batch: int = 8
+    # In how many rounds hidden states travel to the student, each while the next is scored; never more than a replica has micro-batches.
+    # 1 sends everything once all is scored: fewest messages, and on CPUs, the only place where it was measured, as fast as any other (teacher/README.md).
+    transfer_rounds: int = 1
 
     def __post_init__(self) -> None:
         require(self.micro_batch >= 1, f"teacher.micro_batch={self.micro_batch} must be at least 1")
+        require(self.transfer_rounds >= 1, f"teacher.transfer_rounds={self.transfer_rounds} must be at least 1, which sends everything at once")
         named = f"teacher.hf={self.hf!r}, teacher.checkpoint={self.checkpoint!r}"
         if self.is_student:
             require(not self.hf and not self.checkpoint, f"teacher.weights={self.weights} are the student's own: {named} would not be read; set it to null")

@@ -82,6 +82,9 @@ class TrainingConfig:
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = ("mlp", "moe")
     # Keep optimizer state on the host, and no gradient buffers, while the student writes and the teacher scores.
     offload_optimizer: bool = False
+    # With GPUs, refuse at start what is planned to need more memory than they have free: before weights are read, and not an hour later. The plan has every
+    # prompt and response at its limit; a run whose responses stay shorter may begin with false.
+    check_memory: bool = True
     # A step whose loss or gradient is not finite changes nothing; this many in a row end the run.
     max_skipped_steps: int = 5
     # A rank that is in one phase of a step, one save or one evaluation for longer ends the run, and all ranks write where they stand; 0 waits for ever.

@@ -39,6 +39,16 @@ class BatchPlan:
         replica_of = {index: replica for replica in range(len(self.micro_batches)) for index in self.samples_of(replica)}
         return [Place(replica=replica_of[index], length=length) for index, length in enumerate(self.lengths)]
 
+    def rounds(self, num_rounds: int) -> list[tuple[tuple[tuple[int, ...], ...], ...]]:
+        """Return the micro-batches of every replica in each of at most `num_rounds` rounds, as even as they can be; in one round, `micro_batches`.
+
+        Of several rounds the last micro-batches come first. What the teacher scores is in ascending length, and beside the last round nothing is computed.
+        """
+        most = max(map(len, self.micro_batches), default=0)
+        count = max(1, min(num_rounds, most))
+        cuts = [(most * number // count, most * (number + 1) // count) for number in reversed(range(count))]
+        return [tuple(of_replica[start:stop] for of_replica in self.micro_batches) for start, stop in cuts]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan(BatchPlan):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -104,24 +105,32 @@ class TokenBatch:
     # Places of the targets among all response tokens of the samples, one sample after another.
     token_T: torch.Tensor
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return it where it is computed with."""
+        moved: dict[str, Any] = {name: on_device(getattr(self, name), device) for name in ("tokens_BS", "scored_T", "target_T", "sampled_logp_T", "token_T")}
+        return replace(self, **moved)
+
     def context_window(self, *, size: int, rank: int) -> TokenBatch:
-        """Return what one of `size` context ranks holds: its positions of every sequence, and the scored ones among them, counted anew."""
+        """Return what one of `size` context ranks holds: its positions of every sequence, and the scored ones among them, counted anew.
+
+        Done on the host: a selection by a mask waits for the GPU, which has to say how many there are.
+        """
         if size == 1:
             return self
-        owner_N = torch.cat([context_rank(torch.arange(length), length, size) for length in self.sequences]).to(self.tokens_BS.device)
+        owner_N = torch.cat([context_rank(torch.arange(length), length, size) for length in self.sequences])
         own_N = owner_N == rank
         place_N = own_N.cumsum(0) - 1
         own = self.scored_only(own_N[self.scored_T])
         return replace(own, tokens_BS=self.tokens_BS.flatten()[own_N].view(self.tokens_BS.size(0), -1), scored_T=place_N[own.scored_T])
 
     def gathered_places(self, size: int) -> torch.Tensor:
-        """Return where each of the B * S positions is once the windows of `size` context ranks are put one after another."""
+        """Return where each of the B * S positions is once the windows of `size` context ranks are put one after another, on the host."""
         if size == 1:
-            return torch.arange(self.tokens_BS.numel(), device=self.tokens_BS.device)
+            return torch.arange(self.tokens_BS.numel())
         owner_N = torch.cat([context_rank(torch.arange(length), length, size) for length in self.sequences])
         place_N = torch.empty_like(owner_N)
         place_N[owner_N.sort(stable=True).indices] = torch.arange(len(owner_N))
-        return place_N.to(self.tokens_BS.device)
+        return place_N
 
     def scored_only(self, kept_T: torch.Tensor) -> TokenBatch:
         """Return the same text with a loss at some of the scored positions only, given by a mask or by their indices."""
@@ -134,22 +143,30 @@ class TokenBatch:
         )
 
 
-def pad_samples(samples: Sequence[Sample], *, length: int, num_rows: int | None = None, device: torch.device) -> TokenBatch:
-    """Return one sample a row, right-padded to `length`; rows beyond the samples, up to `num_rows`, are padding alone."""
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host where it is computed with. A copy from pinned memory does not wait for what the GPU still computes, any other does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not tensor.is_cuda else tensor.to(device)
+
+
+def pad_samples(samples: Sequence[Sample], *, length: int, num_rows: int | None = None) -> TokenBatch:
+    """Return, on the host, one sample a row, right-padded to `length`; rows beyond the samples, up to `num_rows`, are padding alone."""
     num_rows = num_rows or len(samples)
-    return _lay_out(samples, [row * length for row in range(len(samples))], (length,) * num_rows, packed=False, device=device)
+    return _lay_out(samples, [row * length for row in range(len(samples))], (length,) * num_rows, packed=False)
 
 
-def pack_samples(samples: Sequence[Sample], lengths: Sequence[int], *, row_length: int, longest: int, device: torch.device) -> TokenBatch:
-    """Return one row of samples one after another, each right-padded to its length, and padding up to `row_length` in pieces of at most `longest`."""
+def pack_samples(samples: Sequence[Sample], lengths: Sequence[int], *, row_length: int, longest: int) -> TokenBatch:
+    """Return one row of samples one after another, each right-padded to its length, and padding up to `row_length` in pieces of at most `longest`.
+
+    It is on the host.
+    """
     starts = list(itertools.accumulate(lengths, initial=0))
     # Padding is cut like text: attention over one long sequence would cost more than over the samples.
     unused = row_length - starts[-1]
     padding = [min(longest, unused - start) for start in range(0, unused, longest)]
-    return _lay_out(samples, starts[:-1], (*lengths, *padding), packed=True, device=device)
+    return _lay_out(samples, starts[:-1], (*lengths, *padding), packed=True)
 
 
-def _lay_out(samples: Sequence[Sample], starts: Sequence[int], sequences: tuple[int, ...], *, packed: bool, device: torch.device) -> TokenBatch:
+def _lay_out(samples: Sequence[Sample], starts: Sequence[int], sequences: tuple[int, ...], *, packed: bool) -> TokenBatch:
     """Write the samples into flattened positions from `starts` on."""
     token_N = torch.zeros(sum(sequences), dtype=torch.long)
     # Without a sample there is nothing to concatenate.
@@ -164,11 +181,11 @@ def _lay_out(samples: Sequence[Sample], starts: Sequence[int], sequences: tuple[
         targets.append(sample.response_ids)
         logps.append(sample.sampled_logp if sample.sampled_logp is not None else torch.full((count,), torch.nan))
     return TokenBatch(
-        tokens_BS=token_N.view(1 if packed else len(sequences), -1).to(device),
+        tokens_BS=token_N.view(1 if packed else len(sequences), -1),
         sequences=sequences,
         packed=packed,
-        scored_T=torch.cat(scored).to(device),
-        target_T=torch.cat(targets).to(device),
-        sampled_logp_T=torch.cat(logps).to(device),
-        token_T=torch.arange(sum(map(len, targets)), device=device),
+        scored_T=torch.cat(scored),
+        target_T=torch.cat(targets),
+        sampled_logp_T=torch.cat(logps),
+        token_T=torch.arange(sum(map(len, targets))),
     )

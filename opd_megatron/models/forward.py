@@ -32,7 +32,7 @@ def inference_mode(model: ModelChunks, groups: ModelGroups, *, context_parallel:
     try:
         with torch.no_grad(), without_fp8(model), _switched_off(model, _ALWAYS if context_parallel else _ALWAYS | _CONTEXT):
             yield
-            _lend_experts(model, groups)
+            lend_experts(model, groups)
     finally:
         model.train(was_training)
 
@@ -44,8 +44,8 @@ def without_recomputation(model: ModelChunks) -> Iterator[None]:
         yield
 
 
-def _lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
-    """Run forwards of nothing but padding for as long as another replica has text: its tokens visit experts that are here."""
+def lend_experts(model: ModelChunks, groups: ModelGroups) -> None:
+    """Run forwards of nothing but padding for as long as another replica has text: its tokens visit experts that are here. Inside `inference_mode`."""
     # An even number of positions, which context parallelism cuts into two chunks.
     padding_BS = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     while _in_step(groups, has_text=False, device=padding_BS.device):

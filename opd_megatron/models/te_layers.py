@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.layers import OutputNorm, own_attention
+from opd_megatron.parallel.megatron import feed_forward_parts
 
 FINAL_NORM = TENorm
 
@@ -47,7 +48,7 @@ def te_layer(architecture: Architecture, config: TransformerConfig, *, own_atten
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = TEAttention if own_attention_reason is None else own_attention(architecture)
     if architecture.norms_outputs:
-        attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = TENormedRowParallelLinear
+        attention.linear_proj = feed_forward_parts(layer).linear_fc2 = TENormedRowParallelLinear
     return layer
 
 

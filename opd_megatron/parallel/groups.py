@@ -100,8 +100,6 @@ def student_groups(layout: ParallelLayout, seed: int) -> ModelGroups:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        # A planned rank (`opd_megatron.planning`) has no peers that a gloo group could connect to.
-        create_gloo_process_groups=dist.get_backend() != "fake",
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ModelGroups(grid=grid, cell=grid.cell(dist.get_rank()), collection=ProcessGroupCollection.use_mpu_process_groups())

@@ -8,17 +8,14 @@ piece, who needs it, how many rows it has), so the plan itself costs no communic
 - a piece that none of them holds crosses once: each rank receives a share of its rows, and the group gathers the shares.
 
 In the second case a gather would send the holders what they have, and would first need shares on the others: more bytes, none fewer from outside.
-Shapes: R rows of one piece, P pieces gathered at once, N rows of them all, t ranks of a tensor group, G columns.
+`delivery.py` carries plans out. Shapes: N rows of all pieces that are gathered at once, t ranks of a tensor group.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
-import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -126,10 +123,13 @@ def plan_payload(holders: Sequence[Sequence[int]], needers: Sequence[Sequence[in
 def _batches(pieces: Sequence[int], num_rows: Sequence[int], max_rows: int) -> list[list[int]]:
     """Return the pieces in order, as many together as have at most `max_rows` rows; one that has more is alone."""
     batches: list[list[int]] = [[]]
+    filled = 0
     for piece in pieces:
-        if batches[-1] and sum(num_rows[i] for i in batches[-1]) + num_rows[piece] > max_rows:
+        if batches[-1] and filled + num_rows[piece] > max_rows:
             batches.append([])
+            filled = 0
         batches[-1].append(piece)
+        filled += num_rows[piece]
     return batches
 
 
@@ -155,72 +155,3 @@ def _sends(gather: Gather, holders: Sequence[Sequence[int]]) -> list[Transfer]:
             by_source.setdefault(having[place % len(having)], []).append(span)
         transfers += [Transfer(source, target, tuple(spans)) for source, spans in sorted(by_source.items())]
     return transfers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Channel:
-    """What the rows are, and the groups they travel in: `group` holds all ranks of the plan and counts them (default: the world), `tp_group` gathers.
-
-    `tp_group` is this rank's tensor group of the student; where no gather takes place, there need be none.
-    """
-
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-    group: dist.ProcessGroup | None = None
-    tp_group: dist.ProcessGroup | None = None
-
-    @property
-    def rank(self) -> int:
-        # dist.get_rank(group) counts in the default group, which may be another.
-        return self.group.rank() if self.group is not None else dist.get_rank()
-
-    def empty(self, num_rows: int) -> torch.Tensor:
-        return torch.empty(num_rows, self.width, dtype=self.dtype, device=self.device)
-
-
-def deliver(plan: PayloadPlan, held: Mapping[int, torch.Tensor], needed: Sequence[int], channel: Channel) -> list[torch.Tensor]:
-    """Return the tensor [R, G] of every piece in `needed`, in that order. Every rank of the plan calls this with what it holds, {piece: [R, G]}."""
-    arrived: dict[int, torch.Tensor] = {}
-    for step in plan.steps:
-        received = _exchange(step.transfers, held, channel)
-        for gather in step.gathers:
-            if channel.rank in gather.ranks:
-                share = [received.pop(span) for span in gather.shares[gather.ranks.index(channel.rank)]]
-                whole_NG = _gather(share, gather, channel)
-                sizes = [plan.num_rows[piece] for piece in gather.pieces]
-                arrived.update(zip(gather.pieces, whole_NG[: sum(sizes)].split(sizes), strict=True))
-        arrived.update({span.piece: rows for span, rows in received.items()})
-    # A piece without rows does not travel.
-    nothing = channel.empty(0)
-    return [arrived[piece] if piece in arrived else (held[piece] if plan.num_rows[piece] else nothing).to(channel.dtype) for piece in needed]
-
-
-def _exchange(transfers: Sequence[Transfer], held: Mapping[int, torch.Tensor], channel: Channel) -> dict[Span, torch.Tensor]:
-    """Send and receive one step's messages; return what this rank received."""
-    operations: list[dist.P2POp] = []
-    received: dict[Span, torch.Tensor] = {}
-    for transfer in transfers:
-        if transfer.source == channel.rank:
-            message = torch.cat([held[span.piece][span.start : span.stop] for span in transfer.spans]).to(channel.dtype).contiguous()
-            operations.append(dist.P2POp(dist.isend, message, transfer.target, channel.group))
-        elif transfer.target == channel.rank:
-            message = channel.empty(transfer.num_rows)
-            operations.append(dist.P2POp(dist.irecv, message, transfer.source, channel.group))
-            received.update(zip(transfer.spans, message.split([span.num_rows for span in transfer.spans]), strict=True))
-    if operations:
-        for request in dist.batch_isend_irecv(operations):
-            request.wait()
-    return received
-
-
-def _gather(share: Sequence[torch.Tensor], gather: Gather, channel: Channel) -> torch.Tensor:
-    """Return the rows [N, G] of all shares, and after them what filled up the last ones."""
-    padding = gather.share_rows - sum(rows.size(0) for rows in share)
-    share_NG = torch.cat([*share, channel.empty(padding)])
-    if len(gather.ranks) == 1:
-        return share_NG
-    assert channel.tp_group is not None, "a rank of a tensor group gathers"
-    whole_NG = channel.empty(gather.whole_rows)
-    dist.all_gather_into_tensor(whole_NG, share_NG, group=channel.tp_group)
-    return whole_NG

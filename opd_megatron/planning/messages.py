@@ -71,7 +71,7 @@ def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> Iter
     """One forward for each batch of the share, then the hidden states to the student's last stage."""
     tokens, batches = shape.teacher_batch_tokens, shape.num_teacher_batches
     yield from _moving_weights(rank, teacher)
-    yield from _forward(teacher, "teacher", batches, tokens, "[S, B, G]")
+    yield from _forward(teacher, "teacher", batches, tokens, "[S, B, G]", num_rounds=len(rank.payload.routes))
     if teacher.groups.layout.context > 1:
         num_bytes, why = tokens * teacher.groups.layout.context * _key_value_bytes(teacher), "keys and values of a layer, of all positions"
         yield Message(phase="teacher", group="teacher CP", operation="all-gather", count=batches * teacher.counts.num_layers, num_bytes=num_bytes, why=why)
@@ -97,7 +97,7 @@ def _moving_weights(rank: PlannedRank, teacher: PlannedModel) -> Iterator[Messag
     yield Message(phase="teacher", group="all ranks", operation="broadcast", count=count, num_bytes=num_bytes // count, why=why)
 
 
-def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str) -> Iterator[Message]:
+def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str, *, num_rounds: int = 1) -> Iterator[Message]:
     """Passes without gradients, in which no sequence is split: sums in every layer, one after the embedding, and one send to the next stage."""
     groups, role, num_bytes = model.groups, "student" if phase == "rollout" else "teacher", tokens * _row_bytes(model)
     if groups.layout.tensor > 1:
@@ -105,8 +105,8 @@ def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str
         count = passes * (per_layer * model.counts.num_layers + groups.is_first_stage)
         yield Message(phase=phase, group=f"{role} TP", operation="all-reduce", count=count, num_bytes=num_bytes, why=f"{per_layer} a layer, 1 embedding: {why}")
     if groups.layout.replicas_share_experts:
-        step_why = "whether any replica has text, before each pass and once in vain"
-        yield Message(phase=phase, group=f"{role} TP x CP x DP", operation="all-reduce", count=passes + 1, num_bytes=FP32_BYTES, why=step_why)
+        step_why = "whether any replica has text, before each pass and once a round in vain"
+        yield Message(phase=phase, group=f"{role} TP x CP x DP", operation="all-reduce", count=passes + num_rounds, num_bytes=FP32_BYTES, why=step_why)
     yield from _experts(model, phase, role, passes, tokens)
     sends = passes * (groups.layout.virtual - groups.is_last_stage)
     yield Message(phase=phase, group=f"{role} PP", operation="send", count=sends, num_bytes=num_bytes, why=why)

@@ -79,8 +79,8 @@ def make_plan(config: RunConfig, published: Sequence[Path]) -> Plan:
         models=tuple(ModelPlan(role=role, known=model, grid=grid) for role, grid in model_grids(config).items() if (model := known[role]) is not None),
         num_micro_batches=StepShape(ranks[0]).num_micro_batches,
         payload_messages=payload.num_messages,
-        payload_bytes=payload.plan.sent_rows() * row_bytes,
-        payload_gathered_bytes=payload.plan.gathered_rows() * row_bytes,
+        payload_bytes=payload.all_sent_rows() * row_bytes,
+        payload_gathered_bytes=payload.all_gathered_rows() * row_bytes,
         ranks=tuple(rank_memory(rank) for rank in ranks),
         messages=tuple(tuple(rank_messages(rank)) for rank in ranks),
     )

@@ -6,17 +6,20 @@ Every rank computes the same pieces from the lengths of the samples, which all r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
 
-from opd_megatron.data.batch_plan import Place, TrainingBatches, plan_scoring
+from opd_megatron.data.batch_plan import BatchPlan, Place, TrainingBatches, plan_scoring
 from opd_megatron.data.batches import Sample
 from opd_megatron.parallel.context import context_rank
+from opd_megatron.parallel.delivery import Channel, Delivery
 from opd_megatron.parallel.layout import RankGrid
-from opd_megatron.parallel.payload import Channel, PayloadPlan, deliver, plan_payload
+from opd_megatron.parallel.payload import PayloadPlan, plan_payload
 from opd_megatron.parallel.world import Bridge
 from opd_megatron.rollout.rollouts import Rollouts
 
@@ -33,59 +36,120 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """One step's pieces and who sends them to whom."""
+    """The pieces that travel in one round, and who sends them to whom."""
 
     pieces: tuple[Piece, ...]
     plan: PayloadPlan
 
 
+def plan_routes(
+    samples: Sequence[Sample], teacher: RankGrid, scoring: BatchPlan, student: RankGrid, training: BatchPlan, num_rounds: int = 1
+) -> tuple[Route, ...]:
+    """Return what travels in each round of one step: the samples that the teacher scores in it, `BatchPlan.rounds`."""
+    pieces = cut_into_pieces(samples, teacher, scoring.places(), student, training.places())
+    round_of = {
+        index: number
+        for number, of_replicas in enumerate(scoring.rounds(num_rounds))
+        for micro_batches in of_replicas
+        for micro_batch in micro_batches
+        for index in micro_batch
+    }
+    by_round: list[list[Piece]] = [[] for _ in scoring.rounds(num_rounds)]
+    for piece in pieces:
+        by_round[round_of[piece.sample]].append(piece)
+    return tuple(_route(of_round) for of_round in by_round)
+
+
+def _route(pieces: Sequence[Piece]) -> Route:
+    plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
+    return Route(pieces=tuple(pieces), plan=plan)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """The two grids, in the ranks of the whole job, and what the rows are. Every rank of the job calls `deliver` with what it has."""
+    """The two grids, in the ranks of the whole job, and what the rows are. Every rank of the job makes a `Courier` of it for every batch."""
 
     teacher: RankGrid
     student: RankGrid
     teacher_micro_batch: int
     student_batches: TrainingBatches
+    num_rounds: int
     width: int
     dtype: torch.dtype
     bridge: Bridge
 
-    def route(self, rollouts: Rollouts) -> Route:
-        """Return what travels for these samples."""
+    def routes(self, rollouts: Rollouts) -> tuple[Route, ...]:
+        """Return what travels for these samples, round by round."""
         read = rollouts.as_teacher_reads()
         scoring = plan_scoring(read.num_tokens, self.teacher.layout, self.teacher.data_size, self.teacher_micro_batch)
-        training = self.student_batches.plan(rollouts.num_tokens)
-        pieces = cut_into_pieces(rollouts.samples, self.teacher, scoring.places(), self.student, training.places())
-        plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
-        return Route(pieces=tuple(pieces), plan=plan)
+        return plan_routes(rollouts.samples, self.teacher, scoring, self.student, self.student_batches.plan(rollouts.num_tokens), self.num_rounds)
 
     @property
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
-    def deliver(
-        self, route: Route, rows: Mapping[int, torch.Tensor], device: torch.device, *, tp_group: dist.ProcessGroup | None = None
-    ) -> dict[int, torch.Tensor]:
-        """Return {sample: its rows [R, G] in this rank's context window of the student} for the samples that have some there.
 
-        `rows` are {sample: the rows in this rank's context window of the teacher}; `tp_group` is the student's, on its ranks.
-        """
-        rank, pieces = self.bridge.rank, route.pieces
+class Courier:
+    """One rank's end of the way of one batch: `send` lets what it scored in a round leave, `finish` returns what it needs. Every rank sends once a round.
+
+    No rank waits for ever. All of them take the rounds in one order: a rank of the student computes what it has of round k of the teacher, ends round k - 1,
+    begins round k. To end round k - 1 it needs what others began after their part of round k - 1, and gathers where they end it as well: never what comes
+    later. So the ranks that are furthest behind can always go on. A rank that holds the teacher alone ends nothing before it has scored everything: a student
+    that still trains on the batch before must not stop it.
+    """
+
+    def __init__(self, router: Router, routes: Sequence[Route], device: torch.device, *, tp_group: dist.ProcessGroup | None = None) -> None:
+        """`tp_group` is the student's, on its ranks."""
+        self._rank = router.bridge.rank
+        self._receives = self._rank in router.student.ranks
+        # In one round nothing is computed beside it.
+        stream = _side_stream(device) if device.type == "cuda" and len(routes) > 1 else None
+        self._channel = Channel(width=router.width, dtype=router.dtype, device=device, group=router.bridge.group, tp_group=tp_group, stream=stream)
+        self._routes = deque(enumerate(routes))
+        self._under_way: deque[tuple[list[int], Delivery]] = deque()
+        self._arrived: dict[int, torch.Tensor] = {}
+
+    def send(self, rows: Mapping[int, torch.Tensor]) -> None:
+        """Begin the next round: {sample: the rows [R, G] in this rank's context window of the teacher}."""
+        if self._receives:
+            self._end_rounds()
+        number, route = self._routes.popleft()
         held: dict[int, torch.Tensor] = {}
         taken = dict.fromkeys(rows, 0)
-        for index, piece in enumerate(pieces):
+        for index, piece in enumerate(route.pieces):
             # The pieces on this rank follow each other in every sample.
-            if piece.sample in rows and rank in piece.holders:
+            if piece.sample in rows and self._rank in piece.holders:
                 first = taken[piece.sample]
                 held[index] = rows[piece.sample][first : first + piece.num_rows]
                 taken[piece.sample] = first + piece.num_rows
-        needed = [index for index, piece in enumerate(pieces) if rank in piece.needers]
-        parts: dict[int, list[torch.Tensor]] = {}
-        channel = Channel(width=self.width, dtype=self.dtype, device=device, group=self.bridge.group, tp_group=tp_group)
-        for index, rows_RG in zip(needed, deliver(route.plan, held, needed, channel), strict=True):
-            parts.setdefault(pieces[index].sample, []).append(rows_RG)
-        return {sample: torch.cat(rows) for sample, rows in parts.items()}
+        needed = [index for index, piece in enumerate(route.pieces) if self._rank in piece.needers]
+        delivery = Delivery(route.plan, held, needed, self._channel, tag=number)
+        self._under_way.append(([route.pieces[index].sample for index in needed], delivery))
+
+    def finish(self) -> dict[int, torch.Tensor]:
+        """Return {sample: its rows [R, G] in this rank's context window of the student} for the samples that have some there."""
+        # A rank that scores nothing has sent nothing.
+        while self._routes:
+            self.send({})
+        self._end_rounds()
+        self._channel.hand_over(list(self._arrived.values()))
+        return self._arrived
+
+    def _end_rounds(self) -> None:
+        """Wait for the rounds that are under way, and join their rows by sample."""
+        while self._under_way:
+            samples, delivery = self._under_way.popleft()
+            parts: dict[int, list[torch.Tensor]] = {}
+            for sample, rows_RG in zip(samples, delivery.arrive(), strict=True):
+                parts.setdefault(sample, []).append(rows_RG)
+            with self._channel.beside():
+                self._arrived.update({sample: torch.cat(rows) for sample, rows in parts.items()})
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of this process for deliveries: memory that was allocated on a stream is used again on it alone."""
+    return torch.cuda.Stream(device)
 
 
 def cut_into_pieces(
@@ -94,16 +158,23 @@ def cut_into_pieces(
     """Return the pieces of all samples, sample after sample, rows in order; a sample without scored rows has one piece of none."""
     pieces = []
     for index, (sample, theirs, ours) in enumerate(zip(samples, teacher_places, student_places, strict=True)):
-        # The same token may have another place after the teacher's prompt.
-        read = sample.as_teacher_reads()
-        response_R = torch.arange(read.num_scored) + len(read.prompt_ids) - 1
-        holder_R = context_rank(response_R, theirs.length, teacher.layout.context)
-        owners, counts = torch.unique_consecutive(torch.stack([holder_R, _needer(sample, ours, student)], -1), dim=0, return_counts=True)
-        for (teacher_context, student_context), num_rows in zip(owners.tolist() or [(0, 0)], counts.tolist() or [0], strict=True):
+        for (teacher_context, student_context), num_rows in _owners(sample, theirs.length, teacher.layout.context, ours, student):
             holders = teacher.last_stage_ranks(theirs.replica, teacher_context)
             needers = student.last_stage_ranks(ours.replica, student_context) if student_context >= 0 else ()
             pieces.append(Piece(sample=index, num_rows=num_rows, holders=tuple(holders), needers=tuple(needers)))
     return pieces
+
+
+def _owners(sample: Sample, length: int, size: int, ours: Place, student: RankGrid) -> list[tuple[tuple[int, int], int]]:
+    """Return the context ranks (teacher's, student's) that consecutive rows of a sample lie on, and how many rows; the teacher pads it to `length`."""
+    # The same token may have another place after the teacher's prompt.
+    read = sample.as_teacher_reads()
+    if read.num_scored == 0 or (sample.units is None and size == student.layout.context == 1):
+        # Nothing is cut: a step of a large batch has thousands of these.
+        return [((0, 0), read.num_scored)]
+    holder_R = context_rank(torch.arange(read.num_scored) + len(read.prompt_ids) - 1, length, size)
+    owners, counts = torch.unique_consecutive(torch.stack([holder_R, _needer(sample, ours, student)], -1), dim=0, return_counts=True)
+    return [((holder, needer), count) for (holder, needer), count in zip(owners.tolist(), counts.tolist(), strict=True)]
 
 
 def _needer(sample: Sample, place: Place, student: RankGrid) -> torch.Tensor:

@@ -5,15 +5,15 @@ Shapes: B sequences, S padded length, R scored positions of one sample, T scored
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 
-from opd_megatron.data.batch_plan import plan_scoring
-from opd_megatron.data.batches import pad_samples
-from opd_megatron.models.forward import forward_hidden, inference_mode
+from opd_megatron.data.batch_plan import BatchPlan, plan_scoring
+from opd_megatron.data.batches import on_device, pad_samples
+from opd_megatron.models.forward import forward_hidden, inference_mode, lend_experts
 from opd_megatron.models.gpt import LOCAL, ModelChunks, build_gpt
 from opd_megatron.models.layer_options import LayerOptions
 from opd_megatron.models.weights import WeightSource, load_model
@@ -70,21 +70,33 @@ class Scorer:
         yield
         self.offloaded.leave()
 
-    def hidden_rows(self, rollouts: Rollouts) -> dict[int, torch.Tensor]:
-        """Return {sample: hidden states [R, G] of the scored positions in this rank's context window} for its replica's share, on the last stage."""
-        rows: dict[int, torch.Tensor] = {}
-        size, rank = self.groups.layout.context, self.groups.cell.context
+    def score(self, rollouts: Rollouts, take: Callable[[dict[int, torch.Tensor]], None], *, num_rounds: int = 1) -> None:
+        """Compute hidden states [R, G] of the scored positions in this rank's context window, of its replica's share of the samples.
+
+        After each of the rounds of `BatchPlan.rounds`, `take` has {sample: hidden states} of its samples: on the last stage, and nothing on the others.
+        """
         rollouts = rollouts.as_teacher_reads()
         plan = plan_scoring(rollouts.num_tokens, self.groups.layout, self.groups.data_size, self.micro_batch)
+        rounds = [of_replicas[self.groups.data_rank] for of_replicas in plan.rounds(num_rounds)]
         with self.on_device(), inference_mode(self.model, self.groups, context_parallel=True):
-            for chosen in plan.micro_batches[self.groups.data_rank]:
-                samples = [rollouts.samples[index] for index in chosen]
-                batch = pad_samples(samples, length=plan.lengths[chosen[0]], device=self.device).context_window(size=size, rank=rank)
-                hidden_BSG = forward_hidden(self.model, self.groups, batch.tokens_BS)
-                if hidden_BSG is not None:
-                    row_T = batch.scored_T // batch.tokens_BS.size(1)
-                    counts = torch.bincount(row_T, minlength=len(chosen)).tolist()
-                    rows.update(zip(chosen, hidden_BSG.flatten(0, 1)[batch.scored_T].split(counts), strict=True))
+            for number, micro_batches in enumerate(rounds, start=1):
+                take(self._hidden_rows(rollouts, plan, micro_batches, is_last=number == len(rounds)))
+
+    def _hidden_rows(self, rollouts: Rollouts, plan: BatchPlan, micro_batches: Sequence[tuple[int, ...]], *, is_last: bool) -> dict[int, torch.Tensor]:
+        """Return the hidden states of one round."""
+        rows: dict[int, torch.Tensor] = {}
+        size, rank = self.groups.layout.context, self.groups.cell.context
+        for chosen in micro_batches:
+            samples = [rollouts.samples[index] for index in chosen]
+            batch = pad_samples(samples, length=plan.lengths[chosen[0]]).context_window(size=size, rank=rank)
+            # Counted on the host: the GPU must not be waited for between two micro-batches.
+            counts = torch.bincount(batch.scored_T // batch.tokens_BS.size(1), minlength=len(chosen)).tolist()
+            hidden_BSG = forward_hidden(self.model, self.groups, on_device(batch.tokens_BS, self.device))
+            if hidden_BSG is not None:
+                rows.update(zip(chosen, hidden_BSG.flatten(0, 1)[on_device(batch.scored_T, self.device)].split(counts), strict=True))
+        if not is_last:
+            # Done with less than others, a replica lends its experts before it waits for what those score; after the last round `inference_mode` does.
+            lend_experts(self.model, self.groups)
         return rows
 
 

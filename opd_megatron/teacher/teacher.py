@@ -16,7 +16,7 @@ from opd_megatron.models.weights import WeightSource, load_head_rows, load_head_
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.rollout.rollouts import Rollouts
-from opd_megatron.teacher.routing import Route, Router
+from opd_megatron.teacher.routing import Courier, Route, Router
 from opd_megatron.teacher.scorer import Scorer
 
 
@@ -83,7 +83,7 @@ class Teacher:
         self.gathered_bytes = 0
         self._router = router
         self._student_groups = student_groups
-        self._asked: tuple[Rollouts, Route] | None = None
+        self._asked: tuple[Rollouts, tuple[Route, ...]] | None = None
         # Brings the weights up to date where they are the student's and move.
         self.refresh: Callable[[], None] | None = None
         self.head_WG: torch.Tensor | None = None
@@ -99,7 +99,7 @@ class Teacher:
         """Have these samples scored. A teacher on ranks of its own begins now; one batch at a time."""
         assert self._asked is None, "the last batch was not fetched"
         # What cannot be routed is refused here, on ranks that can say why.
-        self._asked = rollouts, self._router.route(rollouts)
+        self._asked = rollouts, self._router.routes(rollouts)
         if self.refresh is not None:
             self.refresh()
         if self.scorer is None:
@@ -108,11 +108,13 @@ class Teacher:
     def fetch(self) -> TeacherRows | None:
         """Return the hidden states of the batch asked for, at the scored positions of this rank's student replica; None before the last stage."""
         assert self._asked is not None, "nothing was asked for"
-        (rollouts, route), self._asked = self._asked, None
-        self.payload_bytes = route.plan.sent_rows() * self._router.row_bytes
-        self.gathered_bytes = route.plan.gathered_rows() * self._router.row_bytes
-        rows = self.scorer.hidden_rows(rollouts) if self.scorer is not None else {}
-        received = self._router.deliver(route, rows, self.device, tp_group=self._student_groups.collection.tp)
+        (rollouts, routes), self._asked = self._asked, None
+        self.payload_bytes = sum(route.plan.sent_rows() for route in routes) * self._router.row_bytes
+        self.gathered_bytes = sum(route.plan.gathered_rows() for route in routes) * self._router.row_bytes
+        courier = Courier(self._router, routes, self.device, tp_group=self._student_groups.collection.tp)
+        if self.scorer is not None:
+            self.scorer.score(rollouts, courier.send, num_rounds=self._router.num_rounds)
+        received = courier.finish()
         if not self._student_groups.is_last_stage:
             return None
         return TeacherRows(rows=received, nothing=torch.empty(0, self._router.width, dtype=self.dtype, device=self.device))

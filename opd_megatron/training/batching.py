@@ -10,7 +10,7 @@ import torch
 
 from opd_megatron.align.rows import UnitRows
 from opd_megatron.data.batch_plan import TrainingPlan
-from opd_megatron.data.batches import Sample, TokenBatch, pack_samples, pad_samples, spans
+from opd_megatron.data.batches import Sample, TokenBatch, on_device, pack_samples, pad_samples, spans
 from opd_megatron.parallel.context import context_rank
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.rollout.rollouts import Rollouts
@@ -73,17 +73,17 @@ class MicroBatches:
             samples = [self.rollouts.samples[index] for index in chosen]
             if plan.packed:
                 lengths = [plan.lengths[index] for index in chosen]
-                batch = pack_samples(samples, lengths, row_length=plan.row_length, longest=max(plan.lengths), device=self.device)
+                batch = pack_samples(samples, lengths, row_length=plan.row_length, longest=max(plan.lengths))
             else:
-                batch = pad_samples(samples, length=plan.row_length, num_rows=plan.num_rows, device=self.device)
+                batch = pad_samples(samples, length=plan.row_length, num_rows=plan.num_rows)
             window = batch.context_window(size=self.groups.layout.context, rank=context)
             teacher_hidden_TG = self.teacher.of(chosen) if self.teacher is not None else None
             if self._has_units:
                 micro_batch = self._of_units(chosen, batch, window, teacher_hidden_TG)
             else:
                 # From places in the micro-batch to places in the step.
-                token_T = self._tokens_of(chosen)[window.token_T]
-                micro_batch = MicroBatch(batch=window, token_T=token_T, teacher_hidden_TG=teacher_hidden_TG)
+                token_T = on_device(self._tokens_of(chosen)[window.token_T], self.device)
+                micro_batch = MicroBatch(batch=window.to(self.device), token_T=token_T, teacher_hidden_TG=teacher_hidden_TG)
             yield micro_batch if self.weight_N is None else micro_batch.weighted(self.weight_N[micro_batch.token_T])
 
     def _of_units(self, chosen: Sequence[int], batch: TokenBatch, window: TokenBatch, teacher_hidden_UG: torch.Tensor | None) -> MicroBatch:
@@ -99,15 +99,15 @@ class MicroBatches:
         units = UnitRows(
             student_stops=_joined(row.student_length_N for row in rows).cumsum(0),
             teacher_stops=_joined(row.teacher_length_N for row in rows).cumsum(0),
-            student_ids_T=_joined(row.student_ids_T for row in rows).to(self.device),
-            teacher_ids_U=_joined(row.teacher_ids_U for row in rows).to(self.device),
-            has_column_N=_joined(row.has_column_N for row in rows).bool().to(self.device),
-            is_end_N=_joined(row.is_end_N for row in rows).bool().to(self.device),
+            student_ids_T=on_device(_joined(row.student_ids_T for row in rows), self.device),
+            teacher_ids_U=on_device(_joined(row.teacher_ids_U for row in rows), self.device),
+            has_column_N=on_device(_joined(row.has_column_N for row in rows).bool(), self.device),
+            is_end_N=on_device(_joined(row.is_end_N for row in rows).bool(), self.device),
         )
-        scored = batch.scored_only(_joined(row.token_T for row in rows).to(self.device))
+        scored = batch.scored_only(_joined(row.token_T for row in rows))
         placed = replace(scored, tokens_BS=window.tokens_BS, scored_T=batch.gathered_places(size)[scored.scored_T])
-        token_T = self._tokens_of(chosen)[placed.token_T]
-        return MicroBatch(batch=placed, token_T=token_T, teacher_hidden_TG=teacher_hidden_UG, units=units, num_tokens=len(window.token_T))
+        token_T = on_device(self._tokens_of(chosen)[placed.token_T], self.device)
+        return MicroBatch(batch=placed.to(self.device), token_T=token_T, teacher_hidden_TG=teacher_hidden_UG, units=units, num_tokens=len(window.token_T))
 
     @property
     def _has_units(self) -> bool:
@@ -116,7 +116,7 @@ class MicroBatches:
     def _tokens_of(self, samples: Sequence[int]) -> torch.Tensor:
         """Return the places in the step of the response tokens of these samples."""
         first = list(itertools.accumulate(self.rollouts.num_scored, initial=0))
-        return _joined(torch.arange(first[index], first[index + 1]) for index in samples).to(self.device)
+        return _joined(torch.arange(first[index], first[index + 1]) for index in samples)
 
 
 def _joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -15,12 +15,15 @@ from opd_megatron.conversion.to_hf import export_hf
 from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.checkpoint_weights import CheckpointWeights
 from opd_megatron.parallel.world import Bridge, join_world, leave_world, shared_errors, worlds
+from opd_megatron.planning.architectures import KnownModel
+from opd_megatron.planning.remedies import Catalogue
 from opd_megatron.reporting.run_directory import RunDirectory, Status
 from opd_megatron.teacher.teacher import Leave
 from opd_megatron.training.alignment import describe_alignment
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.equipment import check_equipment, describe_equipment
 from opd_megatron.training.evaluator import Evaluator
+from opd_megatron.training.free_memory import check_free_memory, free_gpu_bytes, naming_memory
 from opd_megatron.training.measured_modules import measured_choice
 from opd_megatron.training.preflight import MAY_CHANGE
 from opd_megatron.training.recorder import Recorder
@@ -31,28 +34,39 @@ from opd_megatron.training.teacher_ranks import serve
 from opd_megatron.training.trainer import Trainer
 
 
-def run_job(recipe: str, config: RunConfig, run_dir: Path, signals: StopSignals | None = None) -> Literal["finished", "interrupted"]:
-    """Join the job, run one configuration into one run directory, leave; ValueError for the user's mistakes, anything else is a crash."""
+def run_job(
+    recipe: str, config: RunConfig, run_dir: Path, signals: StopSignals | None = None, catalogue: Catalogue | None = None
+) -> Literal["finished", "interrupted"]:
+    """Join the job, run one configuration into one run directory, leave; ValueError for the user's mistakes, anything else is a crash.
+
+    `catalogue` has what may be named where the GPUs are too small.
+    """
     _quiet_libraries()
     signals = signals or StopSignals()
     with signals.ending_a_wait("waiting for the other ranks"):
         device = join_world()
-    status = run_in_world(recipe, config, run_dir, device, signals)
+    status = run_in_world(recipe, config, run_dir, device, signals, catalogue)
     # A launcher may end all ranks as soon as one has ended with 75; by then rank 0 has written the status.
     dist.barrier()
     leave_world()
     return status
 
 
-def run_in_world(recipe: str, config: RunConfig, run_dir: Path, device: torch.device, signals: StopSignals | None = None) -> Literal["finished", "interrupted"]:
+def run_in_world(
+    recipe: str, config: RunConfig, run_dir: Path, device: torch.device, signals: StopSignals | None = None, catalogue: Catalogue | None = None
+) -> Literal["finished", "interrupted"]:
     """The same, for ranks that have joined and stay."""
     stop = StopRequest(device, signals)
     check_equipment(config)
     # Models, tokenizers and data are opened before the run directory is touched: a mistake in them leaves nothing behind.
     sources = open_sources(config)
+    if device.type == "cuda" and config.training.check_memory:
+        models = [KnownModel(source.architecture, source.assets) for source in (sources.student, sources.teacher) if source is not None]
+        check_free_memory(config, models[0], models[1] if len(models) > 1 else None, free_gpu_bytes(device), catalogue, _note)
     with worlds(config.num_teacher_ranks) as bridge:
         if bridge.rank not in bridge.student_ranks:
-            return serve(config, sources, bridge, device)
+            with naming_memory(lambda: "the phase 'teacher', on a rank of its own"):
+                return serve(config, sources, bridge, device)
         try:
             status = _run_student(recipe, config, sources, run_dir, bridge, device, stop)
         except ValueError:
@@ -111,7 +125,8 @@ def _train(
         with shared_errors():
             if dist.get_rank() == 0:
                 sources.aligner.vocabulary.save(directory.shared_vocabulary)
-    parts = build_parts(config, sources, directory.path, bridge, device, _note)
+    with naming_memory(lambda: "loading"):
+        parts = build_parts(config, sources, directory.path, bridge, device, _note)
     try:
         status, done = _train_parts(config, sources, parts, directory, checkpoints, latest, stop)
     except ValueError:

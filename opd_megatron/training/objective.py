@@ -46,7 +46,8 @@ class MicroBatch:
         """Return it with these weights, and without the rows that weigh nothing."""
         if self.units is not None:
             return replace(self, weight_T=weight_T)
-        kept_T = weight_T != 0
+        # Found once: every selection by a mask waits for the GPU.
+        kept_T = weight_T.nonzero().squeeze(1)
         hidden_TG = self.teacher_hidden_TG[kept_T] if self.teacher_hidden_TG is not None else None
         return MicroBatch(batch=self.batch.scored_only(kept_T), token_T=self.token_T[kept_T], teacher_hidden_TG=hidden_TG, weight_T=weight_T[kept_T])
 

@@ -224,6 +224,7 @@ def make_router(source: WeightSource, config: RunConfig, bridge: Bridge) -> Rout
         student=student,
         teacher_micro_batch=config.teacher.micro_batch,
         student_batches=TrainingBatches.of(config, student.data_size),
+        num_rounds=config.teacher.transfer_rounds,
         width=source.architecture.hidden_size,
         dtype=DTYPES[config.training.precision],
         bridge=bridge,

@@ -301,7 +301,7 @@ class Student:
         hidden_TH = self._scored_hidden(hidden_BSH, micro_batch)
         result = objective(hidden_TH, head_weight(self.model), micro_batch)
         # The schedule divides by a count; weights other than one are scaled for it (training.importance).
-        count = torch.tensor(micro_batch.count, dtype=torch.int, device=self.device)
+        count = torch.full((), micro_batch.count, dtype=torch.int, device=self.device)
         return result.loss_sum, count, _detached_sums(result, micro_batch)
 
     def _scored_hidden(self, hidden_BSH: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
@@ -348,8 +348,9 @@ def _detached_sums(result: FusedDivergence, micro_batch: MicroBatch) -> torch.Te
     drift = torch.zeros(1, dtype=torch.float64, device=result.divergence_T.device)
     if result.sampled_logp_T is not None:
         drift_T = (result.sampled_logp_T - micro_batch.batch.sampled_logp_T).double().abs()
-        drift = torch.cat([drift, drift_T[~drift_T.isnan()]])
-    counts = drift.new_tensor([micro_batch.count, result.divergence_T.numel()])
+        # Of given text nothing is known. Nothing here waits for the GPU: neither a selection by a mask nor a number copied to it.
+        drift = torch.cat([drift, drift_T.masked_fill(drift_T.isnan(), 0.0)])
+    counts = [drift.new_full((), count) for count in (micro_batch.count, result.divergence_T.numel())]
     parts = [result.loss_sum.detach(), result.divergence_T.double().sum(), result.student_entropy_T.double().sum(), drift.sum()]
     told = [value for observed_T in result.observed.values() for value in _observed(observed_T)]
     return torch.stack([*(part.double().reshape(()) for part in parts), *counts, *told, drift.max()])

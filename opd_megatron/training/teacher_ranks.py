@@ -10,6 +10,7 @@ from opd_megatron.config import RunConfig
 from opd_megatron.models.weights import WeightSource
 from opd_megatron.parallel.groups import ModelGroups, teacher_groups
 from opd_megatron.parallel.world import Bridge
+from opd_megatron.teacher.routing import Courier
 from opd_megatron.teacher.scorer import Scorer
 from opd_megatron.teacher.teacher import Evaluate, Leave, Refresh, Score
 from opd_megatron.training.evaluator import evaluate_held_out
@@ -37,7 +38,9 @@ def _serve_weights(
     while True:
         match bridge.told_by_student():
             case Score(rollouts=rollouts):
-                router.deliver(router.route(rollouts), scorer.hidden_rows(rollouts), device)
+                courier = Courier(router, router.routes(rollouts), device)
+                scorer.score(rollouts, courier.send, num_rounds=router.num_rounds)
+                courier.finish()
             case Refresh() as message:
                 take_refresh(message, scorer, config, source, bridge, device)
             case Evaluate():

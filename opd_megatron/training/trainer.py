@@ -18,6 +18,7 @@ from opd_megatron.training.alignment import ALIGNMENT_TROUBLES, AlignmentTrouble
 from opd_megatron.training.checkpoint import CheckpointFolder, Progress
 from opd_megatron.training.clock import StepClock, StragglerWatch
 from opd_megatron.training.evaluator import Evaluator
+from opd_megatron.training.free_memory import naming_memory
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Parts
 from opd_megatron.training.signals import StopRequest
@@ -70,7 +71,8 @@ class Trainer:
     def run(self) -> Literal["finished", "interrupted"]:
         """Train to the last step, or to the step boundary at which a stop was asked for. Either way a checkpoint is left."""
         try:
-            return self._run()
+            with naming_memory(lambda: self._watchdog.doing):
+                return self._run()
         finally:
             self._watchdog.end()
 

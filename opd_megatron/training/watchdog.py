@@ -29,6 +29,11 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def doing(self) -> str:
+        """What was begun last."""
+        return self._doing
+
     def begin(self, what: str) -> None:
         """Count from now on for this: a phase of a step, a save, an evaluation."""
         self._doing, self._since = what, time.monotonic()

@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opd_megatron.parallel.payload import Channel, deliver, plan_payload
+from opd_megatron.parallel.delivery import Channel, deliver
+from opd_megatron.parallel.payload import plan_payload
 from tests.pool import RankPool
 from tests.runs import metrics_of, run_job, small_config, with_teacher
 

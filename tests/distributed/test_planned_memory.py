@@ -44,6 +44,7 @@ def held_apart(config: RunConfig) -> dict[str, int]:
     from opd_megatron.models.weights import open_weights
     from opd_megatron.parallel.groups import teacher_groups
     from opd_megatron.parallel.world import worlds
+    from opd_megatron.teacher.routing import Courier
     from opd_megatron.training.setup import make_router, make_scorer
 
     with worlds(config.num_teacher_ranks) as bridge:
@@ -52,13 +53,20 @@ def held_apart(config: RunConfig) -> dict[str, int]:
         device, source = torch.device("cpu"), open_weights(hf=config.teacher.hf)
         scorer, router = make_scorer(source, config, teacher_groups(config.teacher.layout), device), make_router(source, config, bridge)
         rollouts = bridge.told_by_student().rollouts
-        route, rows = router.route(rollouts), scorer.hidden_rows(rollouts)
-        router.deliver(route, rows, device)
+        routes = router.routes(rollouts)
+        courier, made = Courier(router, routes, device), []
+
+        def send(rows: dict[int, torch.Tensor]) -> None:
+            made.extend(part.nbytes for part in rows.values())
+            courier.send(rows)
+
+        scorer.score(rollouts, send, num_rounds=router.num_rounds)
+        courier.finish()
         return {
             "teacher weights": sum(storages(scorer.model.parameters()).values()),
-            "scores made": sum(part.nbytes for part in rows.values()),
-            "payload bytes": route.plan.sent_rows() * router.row_bytes,
-            "gathered bytes": route.plan.gathered_rows() * router.row_bytes,
+            "scores made": sum(made),
+            "payload bytes": sum(route.plan.sent_rows() for route in routes) * router.row_bytes,
+            "gathered bytes": sum(route.plan.gathered_rows() for route in routes) * router.row_bytes,
         }
 
 
@@ -99,6 +107,51 @@ def test_ranks_hold_what_was_planned(planned_models: Path, pool: RankPool, plann
             # Megatron aligns every parameter in its buffers, which is much of a tiny norm and nothing of a real matrix.
             rel = 0.1 if kind in ("weights", "gradients", "optimizer") else 0
             assert planned[rank].get(kind, 0) == pytest.approx(num_bytes, rel=rel), (rank, kind)
+
+
+def counted(config: RunConfig) -> tuple[Any, Any]:
+    """Return what the student that this rank builds holds, by a walk over its parameters, and by the rows of its weight map."""
+    from opd_megatron.models.allocation import Allocation
+    from opd_megatron.models.gpt import build_gpt
+    from opd_megatron.models.weight_map import EMBEDDING, HEAD
+    from opd_megatron.models.weights import named_global_parameters, open_weights
+    from opd_megatron.parallel.groups import student_groups
+    from opd_megatron.planning.counts import Counts, count_rank
+
+    architecture, groups = open_weights(hf=config.student.hf).architecture, student_groups(config.student.layout, 1)
+    model, trained = build_gpt(architecture, groups, precision="fp32", vocab_multiple=4), Allocation.of(config.modules, architecture).trained
+    head, tensor = EMBEDDING if architecture.tied else HEAD, groups.layout.tensor
+    chunks = [list(named_global_parameters([chunk], architecture)) for chunk in model]
+    everything = [pair for chunk in chunks for pair in chunk]
+    experts = {id(parameter) for _, parameter in everything if not getattr(parameter, "allreduce", True)}
+    # What Megatron-Core sums over the tensor group once the backward is done: `finalize_model_grads`.
+    partial = {id(p) for name, p in everything if getattr(p, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name}
+
+    def numbers(parameters: list[torch.nn.Parameter]) -> int:
+        return sum(parameter.numel() for parameter in parameters)
+
+    training = [(name, parameter) for name, parameter in everything if name in trained]
+    built = Counts(
+        num_layers=sum(len(chunk.decoder.layers) for chunk in model),
+        num_parameters=numbers([p for _, p in everything]),
+        num_trained=numbers([p for _, p in training]),
+        num_trained_expert=numbers([p for _, p in training if id(p) in experts]),
+        num_trained_partial=numbers([p for _, p in training if id(p) in partial and tensor > 1]),
+        num_trained_head=numbers([p for name, p in training if name == head]),
+        num_trained_chunks=sum(any(name in trained and name != head and id(p) not in experts for name, p in chunk) for chunk in chunks),
+        num_trained_expert_chunks=sum(any(name in trained and id(p) in experts for name, p in chunk) for chunk in chunks),
+        num_expert_parameters=numbers([p for _, p in everything if id(p) in experts]),
+    )
+    planned = count_rank(architecture, groups.grid, groups.grid.first_rank + torch.distributed.get_rank(), vocab_multiple=4, trained=trained)
+    return built, planned
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *MIXTURES])
+def test_parameters_are_counted_as_they_are_built(planned_models: Path, pool: RankPool, name: str) -> None:
+    config = config_of(planned_models, name)
+    for train in ("all", "attention" if name in LAYOUTS else "mlp", "layers.3.mlp,embedding"):
+        for rank, (built, planned) in enumerate(pool.run(counted, apply_overrides(config, [f"modules.train={train}"]))):
+            assert planned == built, (rank, train)
 
 
 FROZEN = [

@@ -26,14 +26,15 @@ RECIPES = {name: recipe for name, recipe in all_recipes().items() if recipe.__mo
 
 
 def summary(config: RunConfig, gpu_gib: float = 80) -> tuple[str | None, dict[str, Any]]:
-    from opd_megatron.planning import as_json, as_text, make_plan, shortfall
+    from opd_megatron.planning import Catalogue, as_json, as_text, make_plan, shortfall
 
     refuse_what_a_run_would(config)
     plan = make_plan(config, PUBLISHED)
     text = as_text(plan, round(gpu_gib * GIB), 8)
     for word in ("planned, not measured", *(model.layout for model in plan.models), "always there", "messages of one step", "payload, all ranks"):
         assert word in text
-    return shortfall(plan, round(gpu_gib * GIB), PUBLISHED, refuse_what_a_run_would), as_json(plan, round(gpu_gib * GIB))
+    catalogue = Catalogue(published=PUBLISHED, check=refuse_what_a_run_would)
+    return shortfall(config, plan.largest, round(gpu_gib * GIB), catalogue), as_json(plan, round(gpu_gib * GIB))
 
 
 def timed_summary(config: RunConfig) -> tuple[Any, float]:

@@ -40,7 +40,7 @@ def texts_of(lengths: list[tuple[int, int]], *, sampled: bool = True) -> list[Te
 
 def padded(texts: list[Text], *, length: int | None = None) -> TokenBatch:
     longest = max(len(text.prompt_ids) + len(text.response_ids) for text in texts)
-    return pad_samples(texts, length=length or longest, device=torch.device("cpu"))
+    return pad_samples(texts, length=length or longest)
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=6)
@@ -179,7 +179,7 @@ def test_packs_are_few_and_evenly_filled(num_tokens: list[int], num_replicas: in
 
 
 def test_a_pack_without_samples_is_cut_like_the_others() -> None:
-    batch = pack_samples([], [], row_length=20, longest=8, device=torch.device("cpu"))
+    batch = pack_samples([], [], row_length=20, longest=8)
     assert batch.sequences == (8, 8, 4)
     assert batch.scored_T.numel() == 0
 
@@ -223,7 +223,7 @@ def test_a_pack_holds_its_texts_and_every_context_rank_its_part(lengths: list[tu
     layout = ParallelLayout(context=size)
     padded_lengths = [padded_length(prompt + response, layout) for prompt, response in lengths]
     row_length = padded_length(sum(padded_lengths) + surplus, layout)
-    whole = pack_samples(texts, padded_lengths, row_length=row_length, longest=max(padded_lengths), device=torch.device("cpu"))
+    whole = pack_samples(texts, padded_lengths, row_length=row_length, longest=max(padded_lengths))
     assert whole.tokens_BS.shape == (1, row_length)
     assert sum(whole.sequences) == row_length
     assert whole.sequences[: len(texts)] == tuple(padded_lengths)

@@ -30,10 +30,11 @@ ALLOWED = {
     "rollout": PARTS | {"parallel", "config"},
     "teacher": PARTS | {"rollout", "parallel", "config"},
     "evaluation": PARTS | {"rollout", "parallel", "config"},
-    "training": PARTS | {"conversion", "rollout", "teacher", "evaluation", "parallel", "config", "reporting"},
-    # Nobody but tools imports it: a run does not depend on its plan. It plans messages by the teacher's own routing of samples.
+    # A run asks its plan once, before it begins on GPUs: whether it fits into the memory that is free.
+    "training": PARTS | {"conversion", "rollout", "teacher", "evaluation", "planning", "parallel", "config", "reporting"},
+    # It plans messages by the teacher's own routing of samples.
     "planning": {"models", "losses", "data", "teacher", "parallel", "config"},
-    # Nor does one on what is made of it afterwards. It evaluates as the run did.
+    # A run does not depend on what is made of it afterwards. It evaluates as the run did.
     "analysis": {"models", "training", "parallel", "config", "reporting"},
     # Leaves: anyone above may use them, they use nobody.
     "reporting": set(),
