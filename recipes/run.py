@@ -28,6 +28,7 @@ from pathlib import Path
 import opd_megatron
 import recipes
 from opd_megatron.config import RunConfig, apply_overrides
+from opd_megatron.driver import check_before_torch, check_usable
 from opd_megatron.launch.local import launch_local
 from opd_megatron.reporting.cause import leave_cause
 from opd_megatron.reporting.run_directory import RunDirectory, given_path
@@ -89,6 +90,7 @@ def main() -> int:
         if ranks is not None and "RANK" in os.environ:
             raise ValueError("--nproc-per-node starts ranks, and this process is a rank of torchrun or srun already (RANK is set); leave one of the two out")
         config = resolve(arguments.name, arguments.overrides, ranks or _world_size())
+        check_before_torch(arguments.name, runs=not arguments.check)
         if arguments.run_dir is not None:
             RunDirectory(arguments.run_dir).check(recipe=arguments.name, config=config.to_json(), may_change=MAY_CHANGE)
         if arguments.check:
@@ -127,6 +129,7 @@ def _run(name: str, config: RunConfig, run_dir: Path, signals: StopSignals | Non
     from opd_megatron.training.job import run_job
 
     try:
+        check_usable(config.training.precision)
         return EXIT_INTERRUPTED if run_job(name, config, run_dir, signals) == "interrupted" else 0
     except ValueError as error:
         code = _mistake(error)
