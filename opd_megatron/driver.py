@@ -1,7 +1,7 @@
 """Whether this node's GPUs can be used, and if not why, in numbers: the NVIDIA driver, torch's build, and what a GPU must be able to do.
 
-Without it a run on a GPU node with a CPU build of torch, or with an old driver, would train on the CPU, and nobody would know for days. What is there of NVIDIA's
-is read from files and nvidia-smi, so that it can be told where torch is broken; torch is asked by `check_usable` only. `OPD_DEVICE=cpu` asks for the CPU.
+Without it a run on a GPU node with a CPU build of torch, or with an old driver, would train on the CPU, and nobody would know for days. What is there of
+NVIDIA's is read from files and nvidia-smi, so that it can be told where torch is broken; only `check_usable` asks torch. `OPD_DEVICE=cpu` asks for the CPU.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def check_build(machine: Machine, build: TorchBuild | None) -> None:
     if machine.num_gpus == 0 or build is None or build.cuda is not None or build.is_rocm:
         return
     raise ValueError(
-        f"this node has {_gpus(machine)}, and {build}; install a torch built for CUDA, or use the GPU container's own Python (OPD_PYTHON under Slurm), {_WAY_OUT}"
+        f"this node has {_gpus(machine)}, and {build}; install a torch built for CUDA, or use the GPU container's own Python "
+        f"(OPD_PYTHON under Slurm), {_WAY_OUT}"
     )
 
 
@@ -124,7 +125,9 @@ def check_present(recipe: str, machine: Machine) -> None:
     """Raise ValueError where a recipe for GPUs is to run and there is none in sight."""
     if machine.num_gpus or not is_for_gpus(recipe):
         return
-    seen = f"driver {machine.driver} is loaded, but no GPU is given to this process (docker run --gpus all, apptainer --nv)" if machine.driver else "no NVIDIA driver"
+    seen = "no NVIDIA driver"
+    if machine.driver is not None:
+        seen = f"driver {machine.driver} is loaded, but no GPU is given to this process (docker run --gpus all, apptainer --nv)"
     raise ValueError(f"recipe {recipe} is for GPUs, and none is in sight here: {seen}; run it on a GPU node, {_WAY_OUT}")
 
 
@@ -135,7 +138,8 @@ def why_unusable(machine: Machine, build: TorchBuild | None, reason: str) -> str
         return f"{told}no NVIDIA driver is loaded; load it (nvidia-smi must list the GPUs), {_WAY_OUT}"
     minimum = minimum_driver(build)
     if minimum is not None and build is not None and _numbers(machine.driver) < _numbers(minimum):
-        return f"{told}driver {machine.driver} is older than {minimum}, which CUDA {build.cuda} needs ({build}); update it, or take a torch for an older CUDA, {_WAY_OUT}"
+        too_old = f"driver {machine.driver} is older than {minimum}, which CUDA {build.cuda} needs ({build})"
+        return f"{told}{too_old}; update it, or take a torch for an older CUDA, {_WAY_OUT}"
     return f"{told}{reason or 'it gives no reason'} ({build}, driver {machine.driver}); see that nvidia-smi lists them, {_WAY_OUT}"
 
 
