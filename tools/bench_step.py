@@ -43,8 +43,10 @@ def main() -> int:
     is_rank = "RANK" in os.environ
     try:
         check_before_torch(arguments.name, runs=True)
+        refuse_text(arguments.name, apply_overrides(find_recipe(arguments.name)(), arguments.overrides))
         changes = [*arguments.overrides, *_sizes(arguments)]
-        config = bench_config(arguments.name, changes)
+        config = apply_overrides(find_recipe(arguments.name)(), changes)
+        config.check_world(config.world_size)
         if is_rank:
             return _measure(arguments, changes, config)
     except ValueError as error:
@@ -66,9 +68,8 @@ def _sizes(arguments: argparse.Namespace) -> list[str]:
     return [*words, "evaluation.prompts=0", "teacher.self_test=false"]
 
 
-def bench_config(name: str, changes: Sequence[str]) -> RunConfig:
-    """Return the configuration to measure; ValueError for a run whose steps need more than two models and token ids."""
-    config = apply_overrides(find_recipe(name)(), list(changes))
+def refuse_text(name: str, config: RunConfig) -> None:
+    """Raise ValueError for a run whose steps need more than two models and token ids, or of which two would be measured at once."""
     for key, unfit in (
         ("training.objective", config.training.objective != "opd"),
         ("privileged.template", config.privileged.template is not None),
@@ -80,8 +81,6 @@ def bench_config(name: str, changes: Sequence[str]) -> RunConfig:
             raise ValueError(f"{key} makes of {name} a run that needs text, and a bench has token ids alone; take a recipe without it, or unset it")
     if config.teacher is not None and config.teacher.staleness:
         raise ValueError(f"teacher.staleness={config.teacher.staleness} writes one batch while it scores another; measure them apart with teacher.staleness=0")
-    config.check_world(config.world_size)
-    return config
 
 
 def _launch(arguments: argparse.Namespace, changes: Sequence[str]) -> int:
