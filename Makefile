@@ -13,7 +13,7 @@ WORKERS ?= --numprocesses 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-slow lint models clean
+.PHONY: setup quickstart test test-slow gpu-check lint models clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,10 @@ test: $(TEST_STAMP) $(LAUNCH_STAMP)
 
 test-slow: $(TEST_STAMP) $(LAUNCH_STAMP)
 	$(RUN) -m pytest $(WORKERS) -m "slow and not gpu" $(PYTEST_OPTIONS)
+
+# On a GPU node, by the Python that is given: a GPU container brings its own torch, beside which .venv would put one for the CPU. Installs nothing.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 lint: $(TEST_STAMP)
 	$(RUN) -m ruff check .

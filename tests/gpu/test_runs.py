@@ -101,7 +101,9 @@ def test_a_resumed_run_and_one_that_offloads_end_with_the_same_bits(models: Path
     on_ranks(run_on, config, tmp_path / "whole")
     on_ranks(run_on, changed(config, steps=2), tmp_path / "parts")
     on_ranks(run_on, config, tmp_path / "parts")
-    offloading = changed(dataclasses.replace(config, teacher=TeacherConfig(hf=str(models / "teacher"), micro_batch=3, placement="offloaded")), offload_optimizer=True)
+    offloading = changed(
+        dataclasses.replace(config, teacher=TeacherConfig(hf=str(models / "teacher"), micro_batch=3, placement="offloaded")), offload_optimizer=True
+    )
     on_ranks(run_on, offloading, tmp_path / "offloaded")
     whole = weights_of(tmp_path / "whole")
     for other in ("parts", "offloaded"):
