@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if vocab < 1 or vocab % tensor:
             print(f"--vocab={vocab} must be a positive multiple of --tensor={tensor}", file=sys.stderr)
             return 2
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"{'function':10}{'kind':12}{'V':>8}{'dtype':>10}{'TP':>4}{'ms':>10}{'peak MiB':>10}{'grad error':>12}  note", flush=True)
     for kind, vocab, dtype, tensor in itertools.product(options.kinds, options.vocab, options.dtypes, options.tensor):
         for function in options.functions:

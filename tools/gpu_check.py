@@ -113,8 +113,9 @@ def all_steps(device: str, gpu_memory_gib: float, folder: Path) -> list[Step]:
     python, is_cpu = sys.executable, device == "cpu"
     xml, run = folder / "tests.xml", folder / "quickstart"
     sizes = ("training.steps=2", "evaluation.prompts=16", "data.task_size=1000") if is_cpu else ("training.steps=50", "evaluation.prompts=256")
-    losses = ("--device", "cuda", "--tensor", "1", "--kinds", "reverse_kl", "--vocab", "151936", "--dtypes", "bfloat16", "--hidden", "4096")
-    losses = (*losses, "--tokens", "4096" if gpu_memory_gib >= 40 else "1024", "--functions", "products", "fused", "torch")
+    tokens = "4096" if gpu_memory_gib >= 40 else "1024"
+    losses: tuple[str, ...] = ("--device", "cuda", "--tensor", "1", "--kinds", "reverse_kl", "--vocab", "151936", "--dtypes", "bfloat16")
+    losses = (*losses, "--hidden", "4096", "--tokens", tokens, "--functions", "products", "fused", "torch")
     return [
         Step(
             name="tests",
@@ -159,16 +160,16 @@ def _bench_steps(device: str, gpu_memory_gib: float) -> list[Step]:
     """Return steps at two sizes, the smaller with both kinds of layers, on one GPU."""
     from opd_megatron.packages import probe
 
-    bench, one = (sys.executable, "tools/bench_step.py"), ("student.layout.tensor=1", "teacher.layout.tensor=1", "training.warmup_steps=0")
+    bench = [sys.executable, "tools/bench_step.py"]
+    one = ["student.layout.tensor=1", "teacher.layout.tensor=1"]
     if device == "cpu":
-        small = (*bench, "quickstart", *one, "student.layout.pipeline=1", "data.batch_prompts=8", "training.micro_batch=8")
-        small, large = (*small, "--prompt-tokens", "16", "--response-tokens", "4"), (*small, "--prompt-tokens", "16", "--response-tokens", "8")
-        needed = 0.0
+        base = [*bench, "quickstart", *one, "student.layout.pipeline=1", "data.batch_prompts=8", "training.micro_batch=8", "--prompt-tokens", "16"]
+        small, large, needed = [*base, "--response-tokens", "4"], [*base, "--response-tokens", "8"], 0.0
     else:
-        recipe, layout = (*bench, "qwen3_1p7b_from_8b_8gpu_h100"), (*one, "student.layout.sequence=false")
-        layout = (*layout, "data.batch_prompts=16", "rollout.batch_sequences=16")
-        small = (*recipe, *layout, "student.hf=models/Qwen3-0.6B", "teacher.hf=models/Qwen3-1.7B", "--prompt-tokens", "128", "--response-tokens", "128")
-        large, needed = (*recipe, *layout, "--prompt-tokens", "256", "--response-tokens", "256"), 70.0
+        sizes = ["student.layout.sequence=false", "data.batch_prompts=16", "rollout.batch_sequences=16"]
+        base = [*bench, "qwen3_1p7b_from_8b_8gpu_h100", *one, *sizes]
+        small = [*base, "student.hf=models/Qwen3-0.6B", "teacher.hf=models/Qwen3-1.7B", "--prompt-tokens", "128", "--response-tokens", "128"]
+        large, needed = [*base, "--prompt-tokens", "256", "--response-tokens", "256"], 70.0
     engine = probe("transformer_engine")
     lacks_memory = f"needs {needed:.0f} GiB of GPU memory, and there are {gpu_memory_gib:.0f}" if gpu_memory_gib < needed else None
     options = ("--steps", "2", "--warmup", "1", "--json")

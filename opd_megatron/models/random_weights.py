@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,12 +15,12 @@ from opd_megatron.models.weight_map import MappedTensor
 _NUM_DRAWN = 1_048_583
 
 
-@dataclass(frozen=True, kw_only=True)
 class RandomWeights:
     """A `WeightSource`. `assets` is the folder whose config.json gave the architecture; it need not hold anything else."""
 
-    architecture: Architecture
-    assets: Path
+    def __init__(self, architecture: Architecture, assets: Path) -> None:
+        self.architecture = architecture
+        self.assets = assets
 
     def read(self, row: MappedTensor) -> torch.Tensor:
         """Return normal numbers of the architecture's own spread, a function of the tensor's name; a norm's weight leaves its input as it is."""

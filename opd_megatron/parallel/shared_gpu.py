@@ -72,7 +72,7 @@ def send_through_host(needs_host: Callable[[torch.Tensor], bool] = is_on_gpu) ->
 
     def put(send: Any, receive: Any) -> None:
         for module in (distributed_c10d, dist):
-            module.isend, module.irecv = send, receive
+            vars(module).update(isend=send, irecv=receive)
 
     put(isend_from_host, irecv_to_host)
     return lambda: put(isend, irecv)

