@@ -87,9 +87,9 @@ def read_build(text: str) -> TorchBuild:
     """Return what torch's version.py says."""
     values = {}
     for node in ast.parse(text).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and isinstance(getattr(node, "value", None), ast.Constant):
-            values[target.id] = node.value.value  # type: ignore[union-attr]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            values[ast.unparse(target)] = node.value.value
     return TorchBuild(version=str(values.get("__version__", "unknown")), cuda=values.get("cuda"), is_rocm=values.get("hip") is not None)
 
 
