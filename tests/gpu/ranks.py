@@ -63,7 +63,8 @@ def _variables(rank: int, num_ranks: int, device: str, folder: Path) -> dict[str
     return {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _PORTS[folder]},
         **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-        **({"OPD_DEVICE": "cpu"} if device == "cpu" else {}),
+        # What a test imports is imported first, and may ask for GPUs: these must be out of sight from the start.
+        **({"OPD_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
     }
 
 

@@ -27,16 +27,19 @@ pytestmark = pytest.mark.gpu
 FP32_BAR, BF16_BAR = 1e-5, 1e-2
 
 
-def run_on(device: torch.device, config: RunConfig, run: Path) -> str:
-    """Take part in a run, which ends without a report; return the line on who talks by what."""
+def run_on(device: torch.device, *runs: tuple[RunConfig, Path]) -> str:
+    """Take part in one run after another, which end without a report; return the line on who talks by what. A process takes seconds to start."""
+    from megatron.core import parallel_state
+
     from opd_megatron.parallel.world import describe_device
     from opd_megatron.reporting import report
     from opd_megatron.training.job import run_in_world
 
-    line = describe_device(device)
     report.write_report = lambda _runs, out: out
-    assert run_in_world("test", config, run, device) == "finished"
-    return line
+    for config, run in runs:
+        assert run_in_world("test", config, run, device) == "finished"
+        parallel_state.destroy_model_parallel()
+    return describe_device(device)
 
 
 def changed(config: RunConfig, **training: Any) -> RunConfig:
@@ -55,56 +58,62 @@ def difference(run: Path, other: Path, key: str) -> float:
     return max(abs(one[key] - two[key]) / abs(two[key]) for one, two in pairs)
 
 
+def of_experts(models: Path, **layout: int) -> RunConfig:
+    """Return a run whose student is a mixture of experts."""
+    return dataclasses.replace(small_config(models), student=StudentConfig(hf=str(models / "qwen3_moe"), layout=ParallelLayout(**layout), vocab_multiple=4))
+
+
 @pytest.fixture(scope="session")
 def recorded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank on the CPU, in fp32, whose rollouts the others replay."""
-    run = tmp_path_factory.mktemp("recorded") / "run"
-    config = small_config(models)
-    on_ranks(run_on, dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, record=True)), run, device="cpu")
-    return run
+    """Runs of one rank on the CPU, in fp32, whose rollouts the others replay: of a dense student in `dense`, of a mixture in `experts`."""
+    folder = tmp_path_factory.mktemp("recorded")
+    configs = {"dense": small_config(models), "experts": of_experts(models)}
+    recording = {name: dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, record=True)) for name, config in configs.items()}
+    on_ranks(run_on, *((config, folder / name) for name, config in recording.items()), device="cpu")
+    return folder
 
 
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    "one rank": ({}, {}, 1),
-    "TP2xPP2+SP, teacher PP2": ({"tensor": 2, "pipeline": 2, "sequence": True}, {"pipeline": 2}, 4),
-}
+@pytest.fixture(scope="module")
+def alone(models: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense run by one rank on the device, in `fp32` and `bf16`."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = replaying(small_config(models), recorded / "dense")
+    on_ranks(run_on, (config, folder / "fp32"), (changed(config, precision="bf16"), folder / "bf16"))
+    return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_run_has_the_losses_of_the_cpu(figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path, name: str) -> None:
-    student, teacher, num_ranks = LAYOUTS[name]
-    lines = on_ranks(run_on, replaying(with_teacher(small_config(models, **student), **teacher), recorded), tmp_path / "run", num_ranks=num_ranks)
-    if DEVICE == "cuda" and num_ranks > 1:
-        assert ("NCCL" in lines[0]) == (torch.cuda.device_count() >= num_ranks), lines[0]
+def test_a_run_has_the_losses_of_the_cpu(figure: Callable[..., None], recorded: Path, alone: Path) -> None:
     for key in ("loss", "grad_norm"):
-        figure(f"run in {name}, {key} against the CPU", difference(tmp_path / "run", recorded, key), FP32_BAR)
+        figure(f"run, {key} against the CPU", difference(alone / "fp32", recorded / "dense", key), FP32_BAR)
 
 
-def test_a_run_in_bf16_has_the_losses_of_the_cpu_in_fp32(figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path) -> None:
-    on_ranks(run_on, changed(replaying(small_config(models), recorded), precision="bf16"), tmp_path / "run")
-    figure("run in bf16, loss against the CPU in fp32", difference(tmp_path / "run", recorded, "loss"), BF16_BAR)
+def test_a_run_in_bf16_has_the_losses_of_the_cpu_in_fp32(figure: Callable[..., None], recorded: Path, alone: Path) -> None:
+    figure("run in bf16, loss against the CPU in fp32", difference(alone / "bf16", recorded / "dense", "loss"), BF16_BAR)
 
 
-def test_experts_spread_over_two_ranks_have_the_losses_of_the_cpu(figure: Callable[..., None], models: Path, tmp_path: Path) -> None:
-    base = dataclasses.replace(small_config(models), student=StudentConfig(hf=str(models / "qwen3_moe"), vocab_multiple=4))
-    record = dataclasses.replace(base, rollout=dataclasses.replace(base.rollout, record=True))
-    on_ranks(run_on, record, tmp_path / "recorded", device="cpu")
-    spread = dataclasses.replace(base.student, layout=ParallelLayout(expert=2))
-    on_ranks(run_on, replaying(dataclasses.replace(base, student=spread), tmp_path / "recorded"), tmp_path / "run", num_ranks=2)
+def test_four_ranks_have_the_losses_of_the_cpu(figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path) -> None:
+    """Student TP2 x PP2 with sequence parallelism, teacher in two stages."""
+    config = with_teacher(small_config(models, tensor=2, pipeline=2, sequence=True), pipeline=2)
+    lines = on_ranks(run_on, (replaying(config, recorded / "dense"), tmp_path / "run"), num_ranks=4)
+    if DEVICE == "cuda":
+        assert ("NCCL" in lines[0]) == (torch.cuda.device_count() >= 4), lines[0]
     for key in ("loss", "grad_norm"):
-        figure(f"run of experts in EP2, {key} against the CPU", difference(tmp_path / "run", tmp_path / "recorded", key), FP32_BAR)
+        figure(f"run in TP2xPP2+SP, teacher PP2, {key} against the CPU", difference(tmp_path / "run", recorded / "dense", key), FP32_BAR)
+
+
+def test_experts_spread_over_two_ranks_have_the_losses_of_the_cpu(figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path) -> None:
+    on_ranks(run_on, (replaying(of_experts(models, expert=2), recorded / "experts"), tmp_path / "run"), num_ranks=2)
+    for key in ("loss", "grad_norm"):
+        figure(f"run of experts in EP2, {key} against the CPU", difference(tmp_path / "run", recorded / "experts", key), FP32_BAR)
 
 
 def test_a_resumed_run_and_one_that_offloads_end_with_the_same_bits(models: Path, tmp_path: Path) -> None:
     """In bf16, as runs on GPUs are."""
     config = dataclasses.replace(changed(small_config(models), precision="bf16", steps=4), checkpoint=CheckpointConfig(every_steps=2))
-    on_ranks(run_on, config, tmp_path / "whole")
-    on_ranks(run_on, changed(config, steps=2), tmp_path / "parts")
-    on_ranks(run_on, config, tmp_path / "parts")
-    offloading = changed(
-        dataclasses.replace(config, teacher=TeacherConfig(hf=str(models / "teacher"), micro_batch=3, placement="offloaded")), offload_optimizer=True
-    )
-    on_ranks(run_on, offloading, tmp_path / "offloaded")
+    teacher = TeacherConfig(hf=str(models / "teacher"), micro_batch=3, placement="offloaded")
+    offloading = changed(dataclasses.replace(config, teacher=teacher), offload_optimizer=True)
+    first_half = (changed(config, steps=2), tmp_path / "parts")
+    on_ranks(run_on, (config, tmp_path / "whole"), first_half, (config, tmp_path / "parts"), (offloading, tmp_path / "offloaded"))
     whole = weights_of(tmp_path / "whole")
     for other in ("parts", "offloaded"):
         found = weights_of(tmp_path / other)
@@ -120,12 +129,13 @@ def test_layers_of_transformer_engine_have_the_losses_of_the_local_ones(
     engine = probe("transformer_engine")
     if not engine.works or DEVICE == "cpu":
         pytest.skip(f"needs Transformer Engine and a GPU: {engine}")
+    config = replaying(small_config(models), recorded / "dense")
+    kinds = [(layers, precision) for precision in ("fp32", "bf16") for layers in ("te", "local")]
+    on_ranks(run_on, *((changed(config, layers=layers, precision=precision), tmp_path / f"{layers}-{precision}") for layers, precision in kinds))
+    for layers, precision in kinds:
+        seconds = statistics.median(step["train_seconds"] for step in metrics_of(tmp_path / f"{layers}-{precision}")[1:])
+        record_property("speed", json.dumps({"name": f"tiny run with {layers} layers in {precision}, seconds to train a step", "value": seconds}))
     for precision, bar in (("fp32", FP32_BAR), ("bf16", BF16_BAR)):
-        for layers in ("te", "local"):
-            run = tmp_path / f"{layers}-{precision}"
-            on_ranks(run_on, changed(replaying(small_config(models), recorded), layers=layers, precision=precision), run)
-            seconds = statistics.median(step["train_seconds"] for step in metrics_of(run)[1:])
-            record_property("speed", json.dumps({"name": f"tiny run with {layers} layers in {precision}, seconds to train a step", "value": seconds}))
         for key in ("loss", "grad_norm"):
             found = difference(tmp_path / f"te-{precision}", tmp_path / f"local-{precision}", key)
             figure(f"run with te against local layers, {key} in {precision}", found, bar)
