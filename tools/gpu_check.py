@@ -91,6 +91,8 @@ def _check_device(arguments: argparse.Namespace) -> None:
         if arguments.out is None:
             raise ValueError(f"--device cpu needs --out DIR: {RESULTS.relative_to(ROOT)} is for what GPUs did")
         return
+    if driver.wants_cpu(os.environ):
+        raise ValueError("OPD_DEVICE or CUDA_VISIBLE_DEVICES hides the GPUs that are to be checked; unset them")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(

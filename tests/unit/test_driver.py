@@ -137,6 +137,14 @@ def test_the_cpu_is_asked_for(environment: dict[str, str], cpu: bool) -> None:
     assert driver.wants_cpu(environment) == cpu
 
 
+def test_asked_for_the_cpu_cuda_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, visible in (("auto", "0,1"), ("cpu", "")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        monkeypatch.setenv("OPD_DEVICE", device)
+        driver.hide_gpus_if_asked()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
 def test_a_gpu_without_bf16_runs_fp32_only() -> None:
     with pytest.raises(ValueError, match=r"Tesla T4 \(compute capability 7\.5\) has no bf16.*training\.precision=fp32"):
         driver.check_precision("Tesla T4", (7, 5), "bf16")

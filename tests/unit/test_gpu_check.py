@@ -56,6 +56,12 @@ def test_without_a_gpu_it_ends_with_the_build_and_the_driver() -> None:
     assert not gpu_check.RESULTS.exists()
 
 
+def test_hidden_gpus_are_not_checked_on_the_cpu_in_silence() -> None:
+    for variables in ({"OPD_DEVICE": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}):
+        done = check(**variables)
+        assert (done.returncode, done.stderr) == (2, "error: OPD_DEVICE or CUDA_VISIBLE_DEVICES hides the GPUs that are to be checked; unset them\n")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
