@@ -37,6 +37,8 @@ from opd_megatron import driver  # noqa: E402
 RESULTS = ROOT / "recipes" / "results"
 BUDGET_SECONDS = 570.0
 _KILL_SECONDS = 15.0
+# What the steps import; a container need not have the project itself installed.
+_NEEDED = ("torch", "megatron", "transformers", "safetensors", "einops", "psutil", "pyarrow", "jinja2", "matplotlib", "rich", "tensorboard", "pytest")
 # What one line of a failed step's output is worth; the rest is in its log.
 _TAIL_LINES = 15
 
@@ -80,16 +82,13 @@ def main() -> int:
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
-_NEEDED = ("torch", "megatron", "transformers", "safetensors", "einops", "psutil", "pyarrow", "jinja2", "matplotlib", "rich", "tensorboard", "pytest")
-
-
 def _check_device(arguments: argparse.Namespace) -> None:
     """Raise ValueError where there is no GPU to check, with torch's build and the driver."""
     if arguments.budget_seconds <= 0:
         raise ValueError(f"--budget-seconds {arguments.budget_seconds} must be positive")
     if arguments.device == "cpu":
-        if arguments.out is None:
-            raise ValueError(f"--device cpu needs --out DIR: {RESULTS.relative_to(ROOT)} is for what GPUs did")
+        if arguments.out is None or arguments.out.resolve() == RESULTS:
+            raise ValueError(f"--device cpu needs another --out DIR: {RESULTS.relative_to(ROOT)} is for what GPUs did")
         return
     if driver.wants_cpu(os.environ):
         raise ValueError("OPD_DEVICE or CUDA_VISIBLE_DEVICES hides the GPUs that are to be checked; unset them")

@@ -65,7 +65,8 @@ def test_hidden_gpus_are_not_checked_on_the_cpu_in_silence() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--device", "cpu"), "--device cpu needs --out DIR: recipes/results is for what GPUs did"),
+        (("--device", "cpu"), "--device cpu needs another --out DIR: recipes/results is for what GPUs did"),
+        (("--device", "cpu", "--out", "recipes/results"), "--device cpu needs another --out DIR: recipes/results is for what GPUs did"),
         (("--budget-seconds", "0"), "--budget-seconds 0.0 must be positive"),
         (("--device", "cpu", "--out", "OUT", "--only", "los"), "--only los: there are tests, quickstart, loss, step-local, step-te, step-large, rollout"),
     ],
