@@ -17,7 +17,7 @@ WORKERS ?= --numprocesses 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-slow test-newest lint models clean
+.PHONY: setup quickstart test test-slow test-newest gpu-check lint models clean
 
 setup: $(STAMP)
 
@@ -74,6 +74,10 @@ test-newest: $(NEWEST_STAMP)
 	$(NEWEST_VENV)/bin/python -m pytest $(WORKERS) -m "not slow and not gpu" --ignore tests/slurm --ignore tests/browser $(PYTEST_OPTIONS)
 	rm -rf runs/newest
 	$(NEWEST_VENV)/bin/python -m recipes.run quickstart --nproc-per-node 4 --run-dir runs/newest training.steps=10
+
+# On a GPU node, by the Python that is given: a GPU container brings its own torch, beside which .venv would put one for the CPU. Installs nothing.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 lint: $(TEST_STAMP)
 	$(RUN) -m ruff check .

@@ -31,6 +31,9 @@ def import_megatron() -> None:
     # Containers set the second, and torch refuses to have both.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    from opd_megatron.driver import hide_gpus_if_asked
+
+    hide_gpus_if_asked()
     import torch
 
     from opd_megatron.packages import hide_all, probe_all

@@ -28,6 +28,7 @@ from pathlib import Path
 import opd_megatron
 import recipes
 from opd_megatron.config import RunConfig, apply_overrides
+from opd_megatron.driver import check_before_torch, check_usable
 from opd_megatron.launch.local import launch_local
 from opd_megatron.reporting.cause import leave_cause
 from opd_megatron.reporting.run_directory import RunDirectory, given_path
@@ -91,6 +92,7 @@ def main() -> int:
         if ranks is not None and "RANK" in os.environ:
             raise ValueError("--nproc-per-node starts ranks, and this process is a rank of torchrun or srun already (RANK is set); leave one of the two out")
         config = resolve(arguments.name, arguments.overrides, ranks or _world_size())
+        check_before_torch(arguments.name, runs=not arguments.check)
         if arguments.run_dir is not None:
             RunDirectory(arguments.run_dir).check(recipe=arguments.name, config=config.to_json(), may_change=MAY_CHANGE)
         if arguments.check:
@@ -130,6 +132,7 @@ def _run(name: str, config: RunConfig, run_dir: Path, signals: StopSignals | Non
     from opd_megatron.training.job import run_job
 
     try:
+        check_usable(config.training.precision)
         status = run_job(name, config, run_dir, signals, make_catalogue(PUBLISHED, all_recipes()))
         return EXIT_INTERRUPTED if status == "interrupted" else 0
     except ValueError as error:

@@ -2,7 +2,8 @@
 
 Ours (fused head, and the divergence on full logits) against plain torch, also with its operands widened to fp32 where they are bf16 ("widened": the
 unfused form whose logits are not rounded), and against the libraries that install from PyPI: nvidia-modelopt,
-liger-kernel, trl, deepspeed. A library that is not installed is a row that says so; install them into an environment of their own.
+liger-kernel, trl, deepspeed. A library that is not installed is a row that says so; install them into an environment of their own. "products" are the four
+matrix products alone, which no loss from hidden states can do without; at one rank each other row has its ratio to them. `--device cuda` measures on a GPU.
 Each measurement runs in its own process (one per rank), time and memory in separate ones. The gradient error is relative, against fp64 autograd on
 the same values, over hidden states and head. With --json the last line is one JSON object.
 """
@@ -39,6 +40,8 @@ class Candidate(NamedTuple):
 
 BOTH_KL, ALL = ("reverse_kl", "forward_kl"), ("reverse_kl", "forward_kl", "jsd")
 CANDIDATES = {
+    # What no loss from hidden states can do without: the yardstick of the fused head, with no gradient of its own to be wrong.
+    "products": Candidate(None, ALL, (1,)),
     "fused": Candidate(None, ALL, (1, 2)),
     "unfused": Candidate(None, ALL, (1, 2)),
     "torch": Candidate(None, ALL, (1, 2)),
@@ -60,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--functions", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=256, help="hidden size of both models")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on the first GPU; tensor-parallel ranks would share it, so with --tensor 1"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls after one that is not; the fastest counts")
     parser.add_argument("--quick", action="store_true", help="a few seconds: ours and torch on a tiny problem, to see that the tool works")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
@@ -73,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Libraries leave threads and groups behind whose end would be an abort; the number is out.
         os._exit(0)
     sizes = {"tokens": options.tokens, "hidden": options.hidden, "repeats": options.repeats}
+    if options.device == "cuda" and options.tensor != [1]:
+        print(f"--tensor={' '.join(map(str, options.tensor))} with --device=cuda: ranks on one GPU measure nothing; use --tensor 1", file=sys.stderr)
+        return 2
     for name, value in sizes.items():
         if value < 1:
             print(f"--{name}={value} must be at least 1", file=sys.stderr)
@@ -81,18 +90,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if vocab < 1 or vocab % tensor:
             print(f"--vocab={vocab} must be a positive multiple of --tensor={tensor}", file=sys.stderr)
             return 2
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"{'function':10}{'kind':12}{'V':>8}{'dtype':>10}{'TP':>4}{'ms':>10}{'peak MiB':>10}{'grad error':>12}  note", flush=True)
     for kind, vocab, dtype, tensor in itertools.product(options.kinds, options.vocab, options.dtypes, options.tensor):
         for function in options.functions:
             candidate = CANDIDATES[function]
             if kind in candidate.kinds and tensor in candidate.tensor and dtype in candidate.dtypes:
-                row = _measure({"function": function, "kind": kind, "vocab": vocab, "dtype": dtype, "tensor": tensor, **sizes})
-                rows.append(row)
-                print(_line(row), flush=True)
+                row = _measure({"function": function, "kind": kind, "vocab": vocab, "dtype": dtype, "tensor": tensor, "device": options.device, **sizes})
+                rows.append(_beside_products(row, rows))
+                print(_line(rows[-1]), flush=True)
     if options.json:
-        print(json.dumps({"environment": environment(PACKAGES), **sizes, "rows": rows}))
+        print(json.dumps({"environment": environment(PACKAGES), "device": options.device, **sizes, "rows": rows}))
     return 0
+
+
+def _beside_products(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row with the ratio of its time to that of the four matrix products of the same problem, where both were measured."""
+    same = ("kind", "vocab", "dtype", "tensor")
+    for other in rows:
+        if other["function"] == "products" and "ms" in other and "ms" in row and all(other[key] == row[key] for key in same):
+            ratio = row["ms"] / other["ms"]
+            return {**row, "ratio_to_products": ratio, "note": f"{ratio:.2f} x the products"}
+    return row
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -107,7 +126,7 @@ def _measure(case: dict[str, Any]) -> dict[str, Any]:
     if package is not None and version(package) is None:
         return {**case, "note": "not installed"}
     row = dict(case)
-    for what in ("time", "memory", "error"):
+    for what in ("time", "memory") if case["function"] == "products" else ("time", "memory", "error"):
         try:
             row.update(_run_workers({**case, "what": what}))
         except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -154,15 +173,17 @@ def _work(case: SimpleNamespace) -> dict[str, float]:
         dist.init_process_group("gloo", init_method=f"file://{case.store}", rank=case.rank, world_size=case.tensor)
         group = dist.group.WORLD
     num_tokens = min(case.tokens, ERROR_TOKENS) if case.what == "error" else case.tokens
-    models = _problem(num_tokens, case)
+    models = [tensor.to(case.device) for tensor in _problem(num_tokens, case)]
     width = case.vocab // case.tensor
     columns = slice(case.rank * width, (case.rank + 1) * width)
     sharded = [models[0].requires_grad_(), models[1][columns].clone().requires_grad_(), models[2], models[3][columns].clone()]
     exact = _exact_gradients(models, case, columns) if case.what == "error" else ()
     del models
-    loss = _prepare(case, group)
+    loss = _prepare(case, group) if case.function != "products" else None
 
     def step() -> list[torch.Tensor]:
+        if loss is None:
+            return _products(*sharded)
         gradients = list(torch.autograd.grad(loss(*sharded), sharded[:2]))
         if group is not None and case.tensor > 1:
             dist.all_reduce(gradients[0])  # the hidden states' gradient is a sum over the ranks, whoever computes it
@@ -180,10 +201,33 @@ def _work(case: SimpleNamespace) -> dict[str, float]:
     for _ in range(case.repeats + 1):
         if group is not None:
             dist.barrier()
+        _wait_for(case.device)
         start = time.perf_counter()
         step()
+        _wait_for(case.device)
         seconds.append(time.perf_counter() - start)
     return {"ms": 1000 * min(seconds[1:])}
+
+
+def _wait_for(device: str) -> None:
+    """Wait until the device has done what it was given; a CPU has, when a function returns."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _products(student_hidden: Any, student_head: Any, teacher_hidden: Any, teacher_head: Any) -> list[Any]:
+    """Return tensors like the two gradients by the four matrix products alone: both models' logits, and what stands for their gradient times each operand.
+
+    In the operands' dtype throughout, and all tokens at once: what the library's own products take, without fp32 results or chunks.
+    """
+    import torch
+
+    with torch.no_grad():
+        torch.mm(teacher_hidden, teacher_head.T)
+        logits_TV = student_hidden @ student_head.T
+        return [logits_TV @ student_head, logits_TV.T @ student_hidden]
 
 
 def _problem(num_tokens: int, case: SimpleNamespace) -> list[Any]:
@@ -299,7 +343,7 @@ def _liger(case: SimpleNamespace) -> Callable[..., Any]:
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
 
     def summed(student_hidden: Any, student_head: Any, teacher_hidden: Any, teacher_head: Any) -> Any:
-        labels = torch.zeros(student_hidden.size(0), dtype=torch.long)
+        labels = torch.zeros(student_hidden.size(0), dtype=torch.long, device=student_hidden.device)
         return student_hidden.size(0) * loss(student_hidden, student_head, teacher_hidden, teacher_head, labels)
 
     return summed

@@ -50,7 +50,7 @@ def _start(arguments: Sequence[str], cause_files: Sequence[Path]) -> list[subpro
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(cause_files))}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(cause_files)), "LOCAL_WORLD_SIZE": str(len(cause_files))}
     defaults = {"OMP_NUM_THREADS": "1", **os.environ}
     libc = ctypes.CDLL(None)
     return [

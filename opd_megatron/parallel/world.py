@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from opd_megatron.parallel.cpu import enable_cpu_backend
+from opd_megatron.parallel.shared_gpu import send_through_host
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ def rank_environment() -> tuple[int, int, int]:
 
 
 def join_world() -> torch.device:
-    """Initialize torch.distributed (NCCL with CUDA, gloo without) and return this rank's device."""
+    """Initialize torch.distributed and return this rank's device: NCCL with CUDA; gloo without, and where ranks share a GPU."""
     rank, world_size, local_rank = rank_environment()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -47,10 +48,55 @@ def join_world() -> torch.device:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+    place = choose_gpu(local_rank, local_size, world_size, torch.cuda.device_count())
+    device = torch.device("cuda", place.index)
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+    if place.is_shared:
+        send_through_host()
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
     return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuPlace:
+    """Which of the GPUs that a rank sees it computes on, and whether another rank does as well."""
+
+    index: int
+    is_shared: bool
+
+
+def choose_gpu(local_rank: int, local_size: int | None, world_size: int, num_gpus: int) -> GpuPlace:
+    """Return a rank's GPU. `local_size` is how many ranks its node has, which torchrun and our launcher say and Slurm does not.
+
+    A node with fewer GPUs than ranks is for checks: all of the job must be on it, since the other nodes' ranks could not know that these need gloo.
+    """
+    if local_size is None:
+        if local_rank >= num_gpus > 1:
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own: this node shows {num_gpus}; start as many tasks on it (--ntasks-per-node={num_gpus})"
+            )
+        # The only one is the task's own (srun --gpus-per-task=1).
+        return GpuPlace(index=local_rank if num_gpus > 1 else 0, is_shared=False)
+    if local_size > num_gpus and local_size != world_size:
+        raise ValueError(
+            f"{local_size} ranks on a node of {num_gpus} GPUs, in a job of {world_size}: ranks share a GPU only where all of them are on one node; "
+            f"use --nproc-per-node {num_gpus}"
+        )
+    return GpuPlace(index=local_rank % num_gpus, is_shared=local_size > num_gpus)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return one line for the log: on what the job's ranks compute, and by what they talk."""
+    ranks = f"{dist.get_world_size()} ranks" if dist.get_world_size() > 1 else "1 rank"
+    if device.type == "cpu":
+        return f"device: {ranks} on the CPU, messages by gloo"
+    name = torch.cuda.get_device_name(device)
+    if "nccl" in dist.get_backend_config():
+        return f"device: {ranks}, each on a GPU of its own ({name}), messages by NCCL"
+    return f"device: {ranks} share {torch.cuda.device_count()} x {name}, messages by gloo through the host: for checks, its times mean nothing"
 
 
 @dataclass(frozen=True, kw_only=True)

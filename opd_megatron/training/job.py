@@ -14,7 +14,7 @@ from opd_megatron.config import RunConfig
 from opd_megatron.conversion.to_hf import export_hf
 from opd_megatron.models.allocation import Allocation
 from opd_megatron.models.checkpoint_weights import CheckpointWeights
-from opd_megatron.parallel.world import Bridge, join_world, leave_world, shared_errors, worlds
+from opd_megatron.parallel.world import Bridge, describe_device, join_world, leave_world, shared_errors, worlds
 from opd_megatron.planning.architectures import KnownModel
 from opd_megatron.planning.remedies import Catalogue
 from opd_megatron.reporting.run_directory import RunDirectory, Status
@@ -45,6 +45,7 @@ def run_job(
     signals = signals or StopSignals()
     with signals.ending_a_wait("waiting for the other ranks"):
         device = join_world()
+    _note(describe_device(device))
     status = run_in_world(recipe, config, run_dir, device, signals, catalogue)
     # A launcher may end all ranks as soon as one has ended with 75; by then rank 0 has written the status.
     dist.barrier()

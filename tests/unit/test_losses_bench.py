@@ -27,11 +27,24 @@ def test_quick_ends_with_one_json_object_that_holds_every_row():
     assert report["environment"]["versions"]["torch"]
 
 
+def test_a_row_has_its_ratio_to_the_four_products_of_the_same_problem():
+    run = bench("--quick", "--json", "--functions", "products", "fused", "--hidden", "64")
+    assert run.returncode == 0, run.stderr
+    rows = {(row["function"], row["vocab"], row["tensor"]): row for row in json.loads(run.stdout.splitlines()[-1])["rows"]}
+    # Two ranks have no yardstick: each would compute half of the products, and they would wait for one another.
+    assert set(rows) == {("products", 512, 1), ("fused", 512, 1), ("fused", 512, 2)}
+    assert "ratio_to_products" not in rows["fused", 512, 2]
+    fused, products = rows["fused", 512, 1], rows["products", 512, 1]
+    assert "gradient_error" not in products
+    assert fused["ratio_to_products"] == pytest.approx(fused["ms"] / products["ms"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tokens", "0"], "--tokens=0 must be at least 1\n"),
         (["--vocab", "33"], "--vocab=33 must be a positive multiple of --tensor=2\n"),
+        (["--device", "cuda"], "--tensor=1 2 with --device=cuda: ranks on one GPU measure nothing; use --tensor 1\n"),
         (["--quick", "--vocab", "0"], "--vocab=0 must be a positive multiple of --tensor=1\n"),
     ],
 )
