@@ -1,0 +1,68 @@
+"""The paged key-value cache of the dynamic rollout engine as numbers: which models it can hold, and what its blocks take. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from opd_megatron.config import ParallelLayout
+from opd_megatron.models.architecture import Architecture
+
+# flash-attention 2 reads pages of a multiple of 256 tokens only.
+BLOCK_TOKENS = 256
+# Its kernels are compiled for heads of at most this size.
+_LARGEST_HEAD = 256
+
+
+def why_not_paged(architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"]) -> str | None:
+    """Return why Megatron-Core's paged attention cannot write with a model, or None where it can.
+
+    It calls flash-attention itself, not the layer's core attention: what only that knows is lost.
+    """
+    if any(window is not None for window in architecture.windows):
+        return "layers attend to a window of positions, which paged attention does not know"
+    if architecture.attention_softcap is not None:
+        return f"attention scores are capped at {architecture.attention_softcap}, which paged attention does not do"
+    if architecture.attention_scale is not None:
+        return f"attention scores are scaled by {architecture.attention_scale:.4g}, and paged attention scales by 1 / sqrt(head_dim)"
+    if architecture.rope.attention_factor != 1.0:
+        return f"rotated queries and keys are lengthened by {architecture.rope.attention_factor:.4g}, which the paged cache does not do"
+    if architecture.head_dim > _LARGEST_HEAD or architecture.head_dim % 8:
+        return f"heads have {architecture.head_dim} dimensions, and flash-attention takes multiples of 8 up to {_LARGEST_HEAD}"
+    if precision != "bf16":
+        return f"training.precision={precision}, and flash-attention computes in half precision only"
+    if layout.virtual > 1:
+        return f"layout.virtual={layout.virtual}, and Megatron-Core's paged cache takes one chunk of layers a stage"
+    return None
+
+
+def block_bytes(architecture: Architecture, layout: ParallelLayout, itemsize: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Return what one block takes on a rank: keys and values of its tokens, in the layers of the stage."""
+    layers, heads = architecture.num_layers // layout.pipeline, architecture.num_kv_heads // layout.tensor
+    return 2 * itemsize * layers * block_tokens * heads * architecture.head_dim
+
+
+def sequence_blocks(prompt_tokens: int, response_tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Return the blocks of a sequence that reaches its limit; its last token is never read, so never cached."""
+    return -(-(prompt_tokens + response_tokens - 1) // block_tokens)
+
+
+def num_blocks(kv_cache_gib: float | None, bytes_of_one: int, num_sequences: int, longest_blocks: int) -> int:
+    """Return the blocks of a cache, the spare one among them that padding is written to.
+
+    Without a budget, as many as `num_sequences` of the longest sequences fill.
+    """
+    if kv_cache_gib is None:
+        return num_sequences * longest_blocks + 1
+    return int(kv_cache_gib * 2**30) // bytes_of_one
+
+
+def check_budget(kv_cache_gib: float | None, bytes_of_one: int, prompt_tokens: int, response_tokens: int, block_tokens: int = BLOCK_TOKENS) -> None:
+    """Raise ValueError if the budget does not hold one sequence of this prompt and the longest response."""
+    wanted = sequence_blocks(prompt_tokens, response_tokens, block_tokens)
+    held = num_blocks(kv_cache_gib, bytes_of_one, 1, wanted) - 1
+    if wanted > held:
+        raise ValueError(
+            f"rollout.kv_cache_gib={kv_cache_gib} holds {max(held, 0)} blocks of {block_tokens} tokens ({bytes_of_one / 2**20:.1f} MiB each, beside a spare one),"
+            f" and a prompt of {prompt_tokens} tokens with a response of {response_tokens} needs {wanted}; set it to"
+            f" {(wanted + 1) * bytes_of_one / 2**30:.3g} or more, or to null for room for rollout.batch_sequences of them"
+        )
