@@ -8,25 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 
 def _attend(query_QAD: torch.Tensor, pages: tuple[torch.Tensor, torch.Tensor], block_ids: torch.Tensor, num_keys: int, scale: float) -> torch.Tensor:
-    """Return [Q, A, D] of the last Q of a sequence's positions, head by head."""
-    block_tokens, num_groups = pages[0].shape[1:3]
-    places = [(int(block_ids[position // block_tokens]), position % block_tokens) for position in range(num_keys)]
-    key_KGD, value_KGD = (torch.stack([part[place] for place in places]) for part in pages)
-    num_queries, num_heads = query_QAD.shape[:2]
-    out_QAD = torch.empty_like(query_QAD)
-    for query in range(num_queries):
-        seen = num_keys - num_queries + query + 1
-        for head in range(num_heads):
-            group = head // (num_heads // num_groups)
-            prob_K = (key_KGD[:seen, group] @ query_QAD[query, head] * scale).softmax(0)
-            out_QAD[query, head] = prob_K @ value_KGD[:seen, group]
-    return out_QAD
+    """Return [Q, A, D] of the last Q of a sequence's positions."""
+    num_blocks = -(-num_keys // pages[0].size(1))
+    heads_of_group = query_QAD.size(1) // pages[0].size(2)
+    key_KAD, value_KAD = (part[block_ids[:num_blocks].long()].flatten(0, 1)[:num_keys].repeat_interleave(heads_of_group, dim=1) for part in pages)
+    score_AQK = torch.einsum("qad,kad->aqk", query_QAD, key_KAD) * scale
+    query_Q1 = torch.arange(num_keys - query_QAD.size(0), num_keys)[:, None]
+    prob_AQK = score_AQK.masked_fill(torch.arange(num_keys) > query_Q1, -torch.inf).softmax(-1)
+    return torch.einsum("aqk,kad->qad", prob_AQK, value_KAD)
 
 
 def paged_varlen(
@@ -47,7 +43,7 @@ def paged_varlen(
     bounds, num_keys = cu_seqlens_q.tolist(), cu_seqlens_k.diff().tolist()
     # Padding is undefined in the original as well.
     out = torch.full_like(q, 1e3)
-    for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for row, (start, stop) in enumerate(pairwise(bounds)):
         assert stop - start <= max_seqlen_q
         assert num_keys[row] <= max_seqlen_k
         if stop > start:

@@ -62,7 +62,7 @@ def check_budget(kv_cache_gib: float | None, bytes_of_one: int, prompt_tokens: i
     held = num_blocks(kv_cache_gib, bytes_of_one, 1, wanted) - 1
     if wanted > held:
         raise ValueError(
-            f"rollout.kv_cache_gib={kv_cache_gib} holds {max(held, 0)} blocks of {block_tokens} tokens ({bytes_of_one / 2**20:.1f} MiB each, beside a spare one),"
-            f" and a prompt of {prompt_tokens} tokens with a response of {response_tokens} needs {wanted}; set it to"
-            f" {(wanted + 1) * bytes_of_one / 2**30:.3g} or more, or to null for room for rollout.batch_sequences of them"
+            f"rollout.kv_cache_gib={kv_cache_gib} holds {max(held, 0)} blocks of {block_tokens} tokens, {bytes_of_one / 2**20:.1f} MiB each, beside a spare "
+            f"one, and a prompt of {prompt_tokens} tokens with a response of {response_tokens} needs {wanted}; set it to "
+            f"{(wanted + 1) * bytes_of_one / 2**30:.3g} or more, or to null for room for rollout.batch_sequences of them"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ class DecodeGraphs:
 
     def __init__(self) -> None:
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        # Of memory: one for all sizes, of which one is replayed at a time.
+        self._pool: Any = None
 
     def of_size(self, num_tokens: int) -> Callable[[Callable[[], torch.Tensor]], torch.Tensor]:
         """Return what runs a step of so many tokens, given the call; it returns the step's output, which the next step overwrites."""

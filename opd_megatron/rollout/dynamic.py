@@ -76,9 +76,7 @@ class DynamicSampler:
             graphed=self._has_graphs,
         )
 
-    def _write(
-        self, cache: PagedCache, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], settings: SamplingSettings
-    ) -> list[Response]:
+    def _write(self, cache: PagedCache, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], settings: SamplingSettings) -> list[Response]:
         limit, graphs = settings.max_response_tokens, DecodeGraphs() if self._has_graphs and torch.cuda.is_available() else None
         uniform_BR = torch.stack([uniform_stream(limit, *key) for key in keys])
         ids: list[list[int]] = [[] for _ in prompts]

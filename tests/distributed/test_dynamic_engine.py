@@ -159,7 +159,7 @@ def test_sequences_wait_for_blocks(folders: dict[str, Path], pool: RankPool, num
 
 
 def test_a_prompt_that_never_fits_is_refused_with_the_numbers(folders: dict[str, Path], pool: RankPool) -> None:
-    with pytest.raises(AssertionError, match=r"holds 6 blocks of 4 tokens .* a prompt of 16 tokens with a response of 11 needs 7; set it to 4\.58e-05"):
+    with pytest.raises(AssertionError, match=r"holds 6 blocks of 4 tokens, .* a prompt of 16 tokens with a response of 11 needs 7; set it to 4\.58e-05"):
         pool.run(_budgeted, folders["dense"], 7, world_size=1)
 
 
