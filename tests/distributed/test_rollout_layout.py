@@ -6,6 +6,7 @@ Not covered: GPUs.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,27 +91,21 @@ def test_a_run_resumes_in_another_writing_layout(models: Path, pool: RankPool, t
     _assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_candidates_of_effopd_and_held_out_answers_are_written_by_the_copy(models: Path, pool: RankPool, tmp_path: Path) -> None:
-    """A copy with stale weights would score every candidate alike."""
-    words = [
-        "effopd.enabled=true",
-        "effopd.prompts=6",
-        "effopd.score=divergence",
-        "evaluation.prompts=6",
-        "evaluation.every_steps=1",
-        "modules.train=!embedding",
-    ]
+def test_what_effopd_scores_and_held_out_answers_are_written_by_the_copy(models: Path, pool: RankPool, tmp_path: Path) -> None:
+    """After a search the student's weights are others than after the step: the next texts and answers show that the copy follows."""
+    words = ["effopd.enabled=true", "effopd.prompts=6", "effopd.score=divergence", "effopd.trigger_steps=[1,2]", "effopd.max_k=2"]
+    words += [f"evaluation.prompts={models / 'prompts.jsonl'}", "evaluation.every_steps=1", "evaluation.teacher=false", "evaluation.max_response_tokens=4"]
     config = apply_overrides(small_config(models, tensor=2), words)
     for run, layout in (("in_place", {}), ("copied", {"pipeline": 2})):
         pool.run(run_job, _writing(config, **layout), tmp_path / run, world_size=2)
     _assert_same_run(tmp_path / "in_place", tmp_path / "copied")
-    ours, theirs = ((tmp_path / run / "evals.jsonl").read_text() for run in ("copied", "in_place"))
-    assert _without_times(ours) == _without_times(theirs)
+    ours, theirs = (_without_times((tmp_path / run / "evals.jsonl").read_text()) for run in ("copied", "in_place"))
+    assert ours == theirs
+    assert len(ours) == 4
+    assert ours[0]["examples"] != ours[3]["examples"]
 
 
 def _without_times(text: str) -> list[dict[str, Any]]:
-    import json
-
     return [{key: value for key, value in json.loads(line).items() if key not in ("seconds", "time")} for line in text.splitlines()]
 
 
@@ -129,7 +124,7 @@ def _what_a_copy_holds(folder: Path, layout: ParallelLayout, writing: ParallelLa
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.add_(1.0)
-    original = {row: parameter for row, parameter in named_global_parameters(student.model, source.architecture)}
+    original = dict(named_global_parameters(student.model, source.architecture))
     with engine._with_weights():
         during = sum(parameter.untyped_storage().nbytes() for parameter in engine.model.parameters())
         norms = {name: parameter for name, parameter in named_global_parameters(engine.model, source.architecture) if parameter.dim() == 1 and name in original}
@@ -146,32 +141,27 @@ def test_a_copy_has_the_weights_of_the_moment_and_no_memory_between(models: Path
         assert equal == norms > 0
 
 
-def _in_place(folder: Path) -> tuple[bool, str]:
-    config = dataclasses.replace(
-        small_config(folder, tensor=2, sequence=True), rollout=dataclasses.replace(small_config(folder).rollout, layout=ParallelLayout(tensor=2))
-    )
+def _engine_of(config: RunConfig, notes: list[str]) -> object:
     source = open_weights(hf=config.student.hf)
     student = Student(config, source, student_groups(config.student.layout, 1), torch.device("cpu"))
+    return student_engine(config, source, student, vocab_size=263, eos_ids=(258,), note=notes.append)
+
+
+def _in_place(folder: Path) -> tuple[bool, list[str]]:
     notes: list[str] = []
-    engine = student_engine(config, source, student, vocab_size=263, eos_ids=(258,), note=notes.append)
-    return isinstance(engine, WritingCopy), notes[0]
+    engine = _engine_of(_writing(small_config(folder, tensor=2, sequence=True), tensor=2), notes)
+    return isinstance(engine, WritingCopy), notes
 
 
 def test_the_students_own_layout_needs_no_copy(models: Path, pool: RankPool) -> None:
-    assert pool.run(_in_place, models, world_size=2)[0] == (
-        False,
-        "rollout engine: static (training.precision=fp32, and flash-attention computes in half precision only)",
-    )
+    why = "training.precision=fp32, and flash-attention computes in half precision only"
+    assert pool.run(_in_place, models, world_size=2)[0] == (False, [f"rollout engine: static ({why})"])
 
 
 def _refused_engine(folder: Path) -> None:
-    config = apply_overrides(small_config(folder), ["rollout.engine=dynamic", "training.precision=bf16"])
-    source = open_weights(hf=config.student.hf)
-    student_engine(
-        config, source, Student(config, source, student_groups(config.student.layout, 1), torch.device("cpu")), vocab_size=263, eos_ids=(258,), note=print
-    )
+    _engine_of(apply_overrides(small_config(folder), ["rollout.engine=dynamic", "training.precision=bf16"]), [])
 
 
 def test_a_dynamic_engine_is_refused_without_a_gpu(models: Path, pool: RankPool) -> None:
-    with pytest.raises(AssertionError, match="rollout.engine=dynamic cannot be had: the paged attention needs a GPU; set it to auto or static"):
+    with pytest.raises(AssertionError, match=r"rollout\.engine=dynamic cannot be had: the paged attention needs a GPU; set it to auto or static"):
         pool.run(_refused_engine, models, world_size=1)
