@@ -1,12 +1,18 @@
-"""The paged key-value cache of the dynamic rollout engine as numbers: which models it can hold, and what its blocks take. No torch."""
+"""The paged key-value cache of the dynamic rollout engine as numbers: which models it can hold, what its blocks take, and how many steps it makes.
+
+No torch.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Literal
 
 from opd_megatron.config import ParallelLayout
 from opd_megatron.models.architecture import Architecture
 
+# Tokens of prompts that enter in one step: Megatron-Core's own default, which bounds the activations.
+_PREFILL_TOKENS = 16_384
 # flash-attention 2 reads pages of a multiple of 256 tokens only.
 BLOCK_TOKENS = 256
 # Its kernels are compiled for heads of at most this size.
@@ -66,3 +72,25 @@ def check_budget(kv_cache_gib: float | None, bytes_of_one: int, prompt_tokens: i
             f"one, and a prompt of {prompt_tokens} tokens with a response of {response_tokens} needs {wanted}; set it to "
             f"{(wanted + 1) * bytes_of_one / 2**30:.3g} or more, or to null for room for rollout.batch_sequences of them"
         )
+
+
+def step_tokens(longest_prompt: int, all_prompts: int, num_slots: int) -> int:
+    """Return the most tokens of one step, of prompts that enter in it and of sequences that go on."""
+    return max(longest_prompt + num_slots, min(_PREFILL_TOKENS, all_prompts))
+
+
+def num_steps(num_sequences: int, prompt_tokens: int, response_tokens: int, *, num_slots: int, free_blocks: int, most_tokens: int) -> int:
+    """Return the steps in which so many sequences reach their limit: how they enter, as `rollout.paged_cache` lets them."""
+    together = min(num_slots, free_blocks // sequence_blocks(prompt_tokens, response_tokens))
+    waiting, live, step = num_sequences, 0, 0
+    # When how many of them end.
+    ends: deque[tuple[int, int]] = deque()
+    while waiting or live:
+        entering = min(waiting, together - live, max(0, most_tokens - live) // prompt_tokens)
+        if entering:
+            ends.append((step + response_tokens, entering))
+        waiting, live = waiting - entering, live + entering
+        step += 1
+        while ends and ends[0][0] == step:
+            live -= ends.popleft()[1]
+    return step

@@ -13,11 +13,9 @@ from megatron.core.inference.inference_request import DynamicInferenceRequest
 from megatron.core.inference.sampling_params import SamplingParams
 
 from opd_megatron.models.gpt import ModelChunks
-from opd_megatron.models.paging import sequence_blocks
+from opd_megatron.models.paging import sequence_blocks, step_tokens
 from opd_megatron.parallel.groups import ModelGroups
 
-# Tokens of prompts that enter in one step: Megatron-Core's own default, which bounds the activations.
-_PREFILL_TOKENS = 16_384
 # Padded batch sizes that a decoding step is recorded for, evenly spaced.
 _MOST_GRAPHS = 16
 
@@ -43,7 +41,7 @@ class PagedCache:
         self._response_tokens = response_tokens
         self._block_tokens = block_tokens
         self._num_slots = num_slots
-        most_tokens = max(longest + num_slots, min(_PREFILL_TOKENS, sum(prompt_tokens)))
+        most_tokens = step_tokens(longest, sum(prompt_tokens), num_slots)
         self.context = DynamicInferenceContext(
             params_dtype=config.params_dtype,
             num_layers=config.num_layers // groups.layout.pipeline,
