@@ -55,7 +55,7 @@ class RolloutConfig:
         if self.layout is None:
             return
         for axis, size in (("virtual", self.layout.virtual), ("context", self.layout.context)):
-            why = "cuts a backward's bubbles" if axis == "virtual" else "cuts sequences, and a decoding step has one position"
+            why = "shortens the bubbles of a backward" if axis == "virtual" else "cuts sequences, and a decoding step has one position"
             require(size == 1, f"rollout.layout.{axis}={size} is of no use: it {why}; set it to 1")
         require(not self.layout.sequence, "rollout.layout.sequence=true is of no use: a decoding step has one position; set it to false")
 

@@ -142,16 +142,3 @@ def test_pages_hold_and_send_what_was_planned(planned_models: Path, pool: RankPo
         terms, messages = plans[rank]
         assert terms["KV cache, rollout"] == held, rank
         assert messages == sent, rank
-
-
-def _steps(num_sequences: int, most_tokens: int) -> int:
-    from opd_megatron.models.paging import num_steps
-
-    return num_steps(num_sequences, 20, 12, num_slots=8, free_blocks=100, most_tokens=most_tokens)
-
-
-def test_prompts_that_do_not_enter_in_one_step_lengthen_a_rollout() -> None:
-    # All at once; in two waves of eight; two at a time, of which the last enter three steps later, beside six tokens of those that go on.
-    assert _steps(8, 160) == 12
-    assert _steps(16, 160) == 24
-    assert _steps(8, 46) == 12 + 3
