@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core import package_info
 
 from opd_megatron.config import RolloutConfig
@@ -43,6 +44,13 @@ def choose_engine(wanted: Literal["auto", "static", "dynamic"], architecture: Ar
     if wanted == "dynamic":
         raise ValueError(f"rollout.engine=dynamic cannot be had: {problem}; set it to auto or static")
     return Choice(engine="static", why=problem)
+
+
+def agreed_choice(own: Choice) -> Choice:
+    """Return one choice for all ranks of the model's world, each of which has made its own: dynamic only where all nodes have what it needs."""
+    choices: list[Choice] = [own] * dist.get_world_size()
+    dist.all_gather_object(choices, own)
+    return next((choice for choice in choices if choice.engine == "static"), own)
 
 
 def _why_not_here() -> str | None:

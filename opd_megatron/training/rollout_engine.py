@@ -12,7 +12,7 @@ from opd_megatron.models.gpt import ModelChunks, build_gpt
 from opd_megatron.models.weights import WeightSource
 from opd_megatron.parallel.groups import ModelGroups, teacher_groups
 from opd_megatron.parallel.world import own_world, shared_errors
-from opd_megatron.rollout.choice import choose_engine, make_engine
+from opd_megatron.rollout.choice import agreed_choice, choose_engine, make_engine
 from opd_megatron.rollout.engine import Response, RolloutEngine
 from opd_megatron.rollout.sampling import SamplingSettings
 from opd_megatron.teacher.transfer import choose_sources, held_slices, model_sinks
@@ -28,6 +28,7 @@ def student_engine(
     groups = student.groups if layout is None else teacher_groups(layout)
     with shared_errors():
         choice = choose_engine(config.rollout.engine, source.architecture, groups, config.training.precision)
+    choice = agreed_choice(choice)
     note(str(choice))
 
     def engine_of(model: ModelChunks) -> RolloutEngine:

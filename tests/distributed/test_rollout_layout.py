@@ -17,6 +17,7 @@ import torch.distributed as dist
 from opd_megatron.config import ParallelLayout, RunConfig, apply_overrides
 from opd_megatron.models.weights import named_global_parameters, open_weights
 from opd_megatron.parallel.groups import student_groups
+from opd_megatron.rollout.choice import Choice, agreed_choice
 from opd_megatron.rollout.rollouts import replay_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 from opd_megatron.training.rollout_engine import WritingCopy, student_engine
@@ -156,6 +157,16 @@ def _in_place(folder: Path) -> tuple[bool, list[str]]:
 def test_the_students_own_layout_needs_no_copy(models: Path, pool: RankPool) -> None:
     why = "training.precision=fp32, and flash-attention computes in half precision only"
     assert pool.run(_in_place, models, world_size=2)[0] == (False, [f"rollout engine: static ({why})"])
+
+
+def _agreed(rank_without: int) -> Choice:
+    has_it = dist.get_rank() != rank_without
+    return agreed_choice(Choice(engine="dynamic" if has_it else "static", why="flash-attn 2.8" if has_it else "flash-attn: not installed"))
+
+
+def test_one_node_without_flash_attention_decides_for_all(pool: RankPool) -> None:
+    assert pool.run(_agreed, 1, world_size=2) == [Choice(engine="static", why="flash-attn: not installed")] * 2
+    assert pool.run(_agreed, 2, world_size=2) == [Choice(engine="dynamic", why="flash-attn 2.8")] * 2
 
 
 def _refused_engine(folder: Path) -> None:
