@@ -41,10 +41,15 @@ def why_not_paged(architecture: Architecture, layout: ParallelLayout, precision:
     return None
 
 
-def block_bytes(architecture: Architecture, layout: ParallelLayout, itemsize: int, block_tokens: int = BLOCK_TOKENS) -> int:
-    """Return what one block takes on a rank: keys and values of its tokens, in the layers of the stage."""
-    layers, heads = architecture.num_layers // layout.pipeline, architecture.num_kv_heads // layout.tensor
-    return 2 * itemsize * layers * block_tokens * heads * architecture.head_dim
+def block_bytes(layout: ParallelLayout, *, num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Return what one block of a model takes on a rank: keys and values of its tokens, in the layers of the stage."""
+    return 2 * itemsize * (num_layers // layout.pipeline) * block_tokens * (num_kv_heads // layout.tensor) * head_dim
+
+
+def model_block_bytes(architecture: Architecture, layout: ParallelLayout, itemsize: int) -> int:
+    """Return the same of an architecture."""
+    shape = {"num_layers": architecture.num_layers, "num_kv_heads": architecture.num_kv_heads, "head_dim": architecture.head_dim}
+    return block_bytes(layout, **shape, itemsize=itemsize)
 
 
 def sequence_blocks(prompt_tokens: int, response_tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:

@@ -10,7 +10,7 @@ import torch
 from opd_megatron.data.batch_plan import TrainingBatches, TrainingPlan
 from opd_megatron.losses.vocab_parallel import token_chunks
 from opd_megatron.models.limits import planned_teacher_prompt
-from opd_megatron.models.paging import block_bytes, check_budget, num_blocks, num_steps, sequence_blocks, step_tokens, why_not_paged
+from opd_megatron.models.paging import check_budget, model_block_bytes, num_blocks, num_steps, sequence_blocks, step_tokens, why_not_paged
 from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.parallel.layout import replica_share
 from opd_megatron.planning.payload import longest_samples
@@ -133,7 +133,7 @@ class StepShape:
         """Return the paged cache in which a writer of the model writes its share of `num_sequences`; ValueError where it holds none of them."""
         config, prompt_tokens = self.rank.config, self.rank.config.data.max_prompt_tokens
         slots, share = self.decoded_sequences(model, num_sequences), -(-num_sequences // model.groups.num_writers)
-        size = block_bytes(model.known.architecture, model.groups.layout, model.dtype.itemsize)
+        size = model_block_bytes(model.known.architecture, model.groups.layout, model.dtype.itemsize)
         check_budget(config.rollout.kv_cache_gib, size, prompt_tokens, response_tokens)
         count = num_blocks(config.rollout.kv_cache_gib, size, slots, sequence_blocks(prompt_tokens, response_tokens))
         most = step_tokens(prompt_tokens, share * prompt_tokens, slots)

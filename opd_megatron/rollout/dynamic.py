@@ -12,7 +12,7 @@ import torch
 
 from opd_megatron.models.forward import forward_paged, inference_mode
 from opd_megatron.models.gpt import ModelChunks
-from opd_megatron.models.paging import BLOCK_TOKENS, check_budget, num_blocks, sequence_blocks
+from opd_megatron.models.paging import BLOCK_TOKENS, block_bytes, check_budget, num_blocks, sequence_blocks
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.rollout.decode_graphs import DecodeGraphs
 from opd_megatron.rollout.engine import Response
@@ -60,9 +60,15 @@ class DynamicSampler:
 
     def _make_cache(self, prompt_tokens: Sequence[int], response_tokens: int) -> PagedCache:
         longest, config = max(prompt_tokens), self.model.config
-        layers, heads = config.num_layers // self.groups.layout.pipeline, config.num_query_groups // self.groups.layout.tensor
-        block_bytes = 2 * config.params_dtype.itemsize * layers * self.block_tokens * heads * config.kv_channels
-        check_budget(self.kv_cache_gib, block_bytes, longest, response_tokens, self.block_tokens)
+        bytes_of_one = block_bytes(
+            self.groups.layout,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_query_groups,
+            head_dim=config.kv_channels,
+            itemsize=config.params_dtype.itemsize,
+            block_tokens=self.block_tokens,
+        )
+        check_budget(self.kv_cache_gib, bytes_of_one, longest, response_tokens, self.block_tokens)
         slots = min(self.batch_sequences, len(prompt_tokens))
         return PagedCache(
             self.model,
@@ -70,8 +76,8 @@ class DynamicSampler:
             prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
             num_slots=slots,
-            num_blocks=num_blocks(self.kv_cache_gib, block_bytes, slots, sequence_blocks(longest, response_tokens, self.block_tokens)),
-            block_bytes=block_bytes,
+            num_blocks=num_blocks(self.kv_cache_gib, bytes_of_one, slots, sequence_blocks(longest, response_tokens, self.block_tokens)),
+            block_bytes=bytes_of_one,
             block_tokens=self.block_tokens,
             graphed=self._has_graphs,
         )

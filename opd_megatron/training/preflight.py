@@ -18,7 +18,7 @@ from opd_megatron.models.allocation import check_modules
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 from opd_megatron.models.limits import check_length
-from opd_megatron.models.paging import block_bytes, check_budget, why_not_paged
+from opd_megatron.models.paging import check_budget, model_block_bytes, why_not_paged
 from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.training.layouts import check_layouts
 
@@ -96,7 +96,7 @@ def _check_engine(config: RunConfig, student: Architecture) -> None:
     if rollout.kv_cache_gib is not None and problem is None:
         response = max(rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
         # Two bytes a number: no other precision is written in pages.
-        check_budget(rollout.kv_cache_gib, block_bytes(student, layout, 2), config.data.max_prompt_tokens, response)
+        check_budget(rollout.kv_cache_gib, model_block_bytes(student, layout, 2), config.data.max_prompt_tokens, response)
     if not rollout.cuda_graphs:
         return
     if layout.pipeline > 1:
