@@ -12,7 +12,7 @@ from opd_megatron.config.checks import require
 from opd_megatron.config.data import DataConfig, PrivilegedConfig
 from opd_megatron.config.effopd import EffOPDConfig
 from opd_megatron.config.loss import ImportanceConfig, LossConfig, PositionWeightsConfig
-from opd_megatron.config.models import StudentConfig, TeacherConfig
+from opd_megatron.config.models import ParallelLayout, StudentConfig, TeacherConfig
 from opd_megatron.config.modules import ModulesConfig
 from opd_megatron.config.tracking import TrackingConfig
 
@@ -28,6 +28,15 @@ class RolloutConfig:
     samples_per_prompt: int = 1
     # Sequences decoded together by one replica; bounds the KV cache.
     batch_sequences: int = 256
+    # static: batches are decoded to the end of their longest response, on any machine. dynamic: finished sequences make room for waiting ones, over
+    # Megatron-Core's paged cache and flash-attention on GPUs. auto: dynamic where machine and model allow it.
+    engine: Literal["auto", "static", "dynamic"] = "auto"
+    # dynamic: what the pages of one rank may take; null takes what batch_sequences of the longest sequences fill, so that none of them waits.
+    kv_cache_gib: float | None = None
+    # dynamic: record decoding steps as CUDA graphs, anew in each rollout. Off until a run on GPUs has shown that it pays.
+    cuda_graphs: bool = False
+    # The student writes in this layout, by a copy of its weights on the same ranks that is there while it writes; null writes with the weights as they lie.
+    layout: ParallelLayout | None = None
     record: bool = False
     replay: str | None = None
 
@@ -38,6 +47,17 @@ class RolloutConfig:
         require(self.top_k >= 0, f"rollout.top_k={self.top_k} must not be negative; 0 keeps the whole vocabulary")
         require(self.samples_per_prompt >= 1, f"rollout.samples_per_prompt={self.samples_per_prompt} must be at least 1")
         require(self.batch_sequences >= 1, f"rollout.batch_sequences={self.batch_sequences} must be at least 1")
+        budget = self.kv_cache_gib
+        require(budget is None or 0 < budget < math.inf, f"rollout.kv_cache_gib={budget} must be a positive number, or null for rollout.batch_sequences' need")
+        for key, chosen in (("kv_cache_gib", budget), ("cuda_graphs", self.cuda_graphs or None)):
+            way_out = f"use rollout.engine=dynamic, or set it to {'null' if key == 'kv_cache_gib' else 'false'}"
+            require(self.engine != "static" or chosen is None, f"rollout.{key}={_as_word(chosen)} is without effect under rollout.engine=static; {way_out}")
+        if self.layout is None:
+            return
+        for axis, size in (("virtual", self.layout.virtual), ("context", self.layout.context)):
+            why = "shortens the bubbles of a backward" if axis == "virtual" else "cuts sequences, and a decoding step has one position"
+            require(size == 1, f"rollout.layout.{axis}={size} is of no use: it {why}; set it to 1")
+        require(not self.layout.sequence, "rollout.layout.sequence=true is of no use: a decoding step has one position; set it to false")
 
 
 def fp8_multiple(scaling: str | None) -> int:
@@ -301,6 +321,16 @@ class RunConfig:
         return replace(self.student, layout=teacher.layout) if teacher is not None and teacher.is_student else teacher
 
     @property
+    def copy_layout(self) -> ParallelLayout | None:
+        """The layout of the student's copy that writes; None where its own weights do, which write without sequence parallelism anyway."""
+        return self.rollout.layout if self.rollout.layout != replace(self.student.layout, sequence=False) else None
+
+    @property
+    def writing_layout(self) -> ParallelLayout:
+        """The layout in which the student writes."""
+        return self.copy_layout or self.student.layout
+
+    @property
     def num_sequences(self) -> int:
         """Sequences of one optimizer step."""
         return self.data.batch_prompts * (self.rollout.samples_per_prompt if self.training.objective == "opd" else 1)
@@ -314,9 +344,9 @@ class RunConfig:
         """Raise ValueError unless both layouts fit `world_size` ranks."""
         own = self.num_teacher_ranks
         require(own < world_size, f"teacher.num_ranks={own} leaves none of world_size={world_size} ranks to the student; use fewer, or more ranks in all")
-        for role, model, num_ranks in (("student", self.student, world_size - own), ("teacher", self.teacher, own or world_size)):
-            if model is not None:
-                model.layout.check_ranks(role, num_ranks)
+        for role, model in (("student", self.student), ("rollout", self.rollout), ("teacher", self.teacher)):
+            if model is not None and model.layout is not None:
+                model.layout.check_ranks(role, own or world_size if role == "teacher" else world_size - own)
 
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
@@ -324,6 +354,6 @@ class RunConfig:
         return values
 
 
-def _as_word(value: str | bool | None) -> str:
+def _as_word(value: str | bool | float | None) -> str:
     """Return a value as it is written on the command line."""
     return value if isinstance(value, str) else "null" if value is None else str(value).lower()

@@ -13,7 +13,7 @@ from opd_megatron.data.prompts import Prompt
 from opd_megatron.evaluation.graders import pass_at_k
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import shared_errors
-from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.rollouts import Rollouts, WriterPrompt, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 
@@ -30,7 +30,7 @@ class Answers:
 
 
 def answer(
-    sampler: Sampler,
+    sampler: RolloutEngine,
     prompts: Sequence[Prompt],
     tokenizer: Any,
     grader: Callable[[Prompt, str], float],
@@ -55,7 +55,7 @@ def answer(
 
 
 def evaluate(
-    sampler: Sampler,
+    sampler: RolloutEngine,
     groups: ModelGroups,
     prompts: Sequence[Prompt],
     tokenizer: Any,

@@ -1,17 +1,17 @@
 """One gradient-free forward through the pipeline, for rollouts, teacher scores and comparisons.
 
-Shapes: B sequences, S length, H hidden.
+Shapes: B sequences, S length, N tokens of sequences with a paged cache, padded, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.contexts import BaseInferenceContext, DynamicInferenceContext, StaticInferenceContext
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from opd_megatron.models.gpt import ModelChunks, hidden_states_only, without_fp8
@@ -102,10 +102,37 @@ def forward_hidden(model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Ten
     return _forward(model, groups, tokens_BS, cache)
 
 
+def forward_paged(
+    model: ModelChunks, groups: ModelGroups, cache: DynamicInferenceContext, replayed: Callable[[Callable[[], torch.Tensor]], torch.Tensor] | None = None
+) -> torch.Tensor | None:
+    """Return final hidden states [1, N, H] of the tokens that a paged cache has for its next step, on every rank of the last stage, None on the others.
+
+    Every rank of the replica calls this with a cache in the same state, inside `inference_mode`. `replayed` runs the model in place of this function, which
+    gives it the call: a recorded one, where the model is one stage.
+    """
+    tokens_1N, positions_1N = cache.current_input_and_position_ids()
+    _in_step(groups, has_text=True, device=tokens_1N.device)
+    if replayed is None:
+        return _through_stages(model, groups, tokens_1N, positions_1N, cache)
+    with hidden_states_only(model):
+        return replayed(lambda: model.last(tokens_1N, positions_1N, None, inference_context=cache, runtime_gather_output=True))
+
+
 def _forward(model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
     batch, length = tokens_BS.shape
     offset = cache.sequence_len_offset if cache is not None else 0
     positions_BS = torch.arange(offset, offset + length, device=tokens_BS.device).expand(batch, -1)
+    hidden_BSH = _through_stages(model, groups, tokens_BS, positions_BS, cache)
+    if cache is not None:
+        cache.sequence_len_offset += length
+    return hidden_BSH
+
+
+def _through_stages(
+    model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, cache: BaseInferenceContext | None
+) -> torch.Tensor | None:
+    """Pass tokens through every stage, this rank's and the others'; return what the last one makes of them, on its ranks."""
+    batch, length = tokens_BS.shape
     with hidden_states_only(model), generating(cache):
         for chunk in model:
             if not chunk.pre_process:
@@ -116,6 +143,4 @@ def _forward(model: ModelChunks, groups: ModelGroups, tokens_BS: torch.Tensor, c
             output = chunk(tokens_BS, positions_BS, None, inference_context=cache, runtime_gather_output=True)
             if not chunk.post_process:
                 dist.send(output.contiguous(), dst=groups.stage_neighbour(1), group=groups.collection.pp)
-    if cache is not None:
-        cache.sequence_len_offset += length
     return output if groups.is_last_stage else None

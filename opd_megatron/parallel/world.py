@@ -130,6 +130,14 @@ class Bridge:
         return messages[0]
 
 
+def own_world() -> Bridge:
+    """Return the ranks of this rank's world alone, inside `worlds`: those of the student, or those of a teacher that has its own."""
+    group = dist.group.WORLD
+    assert group is not None
+    ranks = range(dist.get_world_size())
+    return Bridge(group=group, rank=dist.get_rank(), student_ranks=ranks, teacher_ranks=ranks)
+
+
 @contextmanager
 def worlds(num_teacher_ranks: int) -> Iterator[Bridge]:
     """Give the teacher the last ranks of the job as a world of its own and the student the others; with 0, both share all ranks.

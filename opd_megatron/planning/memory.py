@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from opd_megatron.models.gpt import DTYPES
+from opd_megatron.models.paging import BLOCK_TOKENS
 from opd_megatron.models.weight_map import weight_map
 from opd_megatron.planning.activations import FP32_BYTES, MicroBatchShape, chunk_activation_bytes, forward_bytes_per_token, layer_bytes
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
@@ -68,7 +69,7 @@ def rank_memory(rank: PlannedRank) -> RankMemory:
     """Return every term of a rank that is not zero."""
     shape, terms = StepShape(rank), []
     if rank.student is not None:
-        terms += [*_states(rank, rank.student), *_training(rank, rank.student, shape), *_generation(rank, rank.student, shape)]
+        terms += [*_states(rank, rank.student), *_training(rank, rank.student, shape), *_generation(rank, shape)]
     if rank.teacher is not None:
         terms += _teacher(rank, rank.teacher, shape)
     if rank.teacher_known is not None:
@@ -174,15 +175,28 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> lis
     ]
 
 
-def _generation(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> list[Term]:
+def _generation(rank: PlannedRank, shape: StepShape) -> list[Term]:
     """The student as a writer of rollouts and of answers to held-out prompts."""
-    config = rank.config
+    config, writing = rank.config, rank.writing
+    assert writing is not None
     terms = []
     if config.training.objective == "opd" and not config.rollout.replay:
-        terms += _writing(rank, student, shape, "rollout", config.num_sequences, config.rollout.max_response_tokens)
+        terms += [*_copied(rank, "rollout"), *_writing(rank, writing, shape, "rollout", config.num_sequences, config.rollout.max_response_tokens)]
     if config.evaluation.prompts:
-        terms += _evaluation(rank, student, shape, "evaluation")
+        terms += [*_copied(rank, "evaluation"), *_evaluation(rank, writing, shape, "evaluation")]
     return terms
+
+
+def _copied(rank: PlannedRank, phase: Phase) -> list[Term]:
+    """The copy of the student that writes, and the largest tensor on its way into it."""
+    if rank.copy is None:
+        return []
+    count, itemsize = rank.copy.counts.num_parameters, rank.copy.dtype.itemsize
+    moving = max(math.prod(row.shape) for row in weight_map(rank.copy.known.architecture))
+    return [
+        Term(name=f"rollout weights, {phase}", phase=phase, num_bytes=count * itemsize, why=f"{count:,} parameters in rollout.layout, only while it writes"),
+        Term(name=f"weights on their way, {phase}", phase=phase, num_bytes=2 * moving * itemsize, why="the largest tensor, in slices and joined"),
+    ]
 
 
 def _evaluation(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Phase) -> list[Term]:
@@ -196,6 +210,8 @@ def _evaluation(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase:
 def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Phase, num_sequences: int, response_tokens: int) -> list[Term]:
     architecture, layout, itemsize = model.known.architecture, model.groups.layout, model.dtype.itemsize
     batch = shape.decoded_sequences(model, num_sequences)
+    if phase != "teacher evaluation" and shape.is_paged(model):
+        return [*_pages(model, shape, phase, num_sequences, response_tokens), *_sampling(model, phase, batch)]
     prompt_tokens = shape.teacher_prompt_tokens if phase == "teacher evaluation" else rank.config.data.max_prompt_tokens
     length = prompt_tokens + response_tokens
     per_token = 2 * itemsize * model.counts.num_layers * architecture.num_kv_heads // layout.tensor * architecture.head_dim
@@ -213,10 +229,36 @@ def _writing(rank: PlannedRank, model: PlannedModel, shape: StepShape, phase: Ph
             why=f"forward of {batch} prompts of {prompt_tokens:,} tokens, at its widest",
         ),
     ]
-    if model.groups.is_last_stage:
-        why = f"{_SAMPLING_BYTES} bytes for each of [B {batch}, V {architecture.vocab_size:,}]"
-        terms.append(Term(name=f"sampling, {phase}", phase=phase, num_bytes=_SAMPLING_BYTES * batch * architecture.vocab_size, why=why))
-    return terms
+    return [*terms, *_sampling(model, phase, batch)]
+
+
+def _sampling(model: PlannedModel, phase: Phase, batch: int) -> list[Term]:
+    if not model.groups.is_last_stage:
+        return []
+    vocab_size = model.known.architecture.vocab_size
+    why = f"{_SAMPLING_BYTES} bytes for each of [B {batch}, V {vocab_size:,}]"
+    return [Term(name=f"sampling, {phase}", phase=phase, num_bytes=_SAMPLING_BYTES * batch * vocab_size, why=why)]
+
+
+def _pages(model: PlannedModel, shape: StepShape, phase: Phase, num_sequences: int, response_tokens: int) -> list[Term]:
+    """What the dynamic engine holds in place of a static cache: its blocks, all allocated at once, and a step in which prompts enter."""
+    pages = shape.pages(model, num_sequences, response_tokens)
+    architecture, itemsize = model.known.architecture, model.dtype.itemsize
+    per_token = forward_bytes_per_token(architecture, model.groups.layout, itemsize=itemsize, num_layers=model.counts.num_layers)
+    return [
+        Term(
+            name=f"KV cache, {phase}",
+            phase=phase,
+            num_bytes=pages.num_blocks * pages.block_bytes,
+            why=f"{pages.num_blocks:,} blocks of {BLOCK_TOKENS} tokens x {model.counts.num_layers} layers, a spare one among them",
+        ),
+        Term(
+            name=f"prompts, {phase}",
+            phase=phase,
+            num_bytes=pages.most_tokens * per_token,
+            why=f"forward of {pages.most_tokens:,} tokens of prompts that enter in one step, at its widest",
+        ),
+    ]
 
 
 def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> list[Term]:

@@ -41,8 +41,8 @@ def rank_messages(rank: PlannedRank) -> list[Message]:
     """Return what a rank sends; nothing is listed of a group of one."""
     shape = StepShape(rank)
     found: list[Message] = []
-    if rank.student is not None:
-        found += _rollout(rank, rank.student, shape)
+    if rank.writing is not None:
+        found += _rollout(rank, rank.writing, shape)
     if rank.teacher is not None:
         found += _teacher(rank, rank.teacher, shape)
     if rank.student is not None:
@@ -51,27 +51,40 @@ def rank_messages(rank: PlannedRank) -> list[Message]:
     return [message for message in found if message.count]
 
 
-def _rollout(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> Iterator[Message]:
-    """Every token is one pass through the pipeline of all sequences that are decoded together."""
+def _rollout(rank: PlannedRank, writer: PlannedModel, shape: StepShape) -> Iterator[Message]:
+    """Every token is one pass through the pipeline of all sequences that are decoded together; a copy that writes is filled before."""
     config = rank.config
     if config.training.objective != "opd" or config.rollout.replay:
         return
-    batch = shape.decoded_sequences(student, config.num_sequences)
-    passes = -(-shape.written_by(student) // batch) * shape.response_tokens
-    yield from _forward(student, "rollout", passes, batch, "a token of [B, H]; the prompt's pass is larger")
-    groups = student.groups
+    role = "student" if rank.copy is None else "rollout"
+    if rank.copy is not None:
+        yield _moved_weights(rank, writer, "rollout", "student's ranks")
+    batch, groups = shape.decoded_sequences(writer, config.num_sequences), writer.groups
+    passes = _passes(shape, writer, batch)
+    yield from _forward(writer, "rollout", role, passes, batch, "a token of [B, H]; the prompt's pass is larger")
     if groups.layout.tensor > 1 and groups.is_last_stage:
-        num_bytes = FP32_BYTES * batch * rank.padded_vocab
-        yield Message(phase="rollout", group="student TP", operation="all-gather", count=passes, num_bytes=num_bytes, why="logits [B, V], fp32")
+        vocab = rank.padded_vocab if rank.copy is None else writer.known.architecture.padded_vocab_size(groups.layout.tensor, 1)
+        why = "logits [B, V], fp32"
+        yield Message(phase="rollout", group=f"{role} TP", operation="all-gather", count=passes, num_bytes=FP32_BYTES * batch * vocab, why=why)
     if groups.layout.tensor * groups.layout.pipeline > 1:
-        yield Message(phase="rollout", group="student TP x PP", operation="broadcast", count=passes, num_bytes=16 * batch, why="token and log-probability")
+        yield Message(phase="rollout", group=f"{role} TP x PP", operation="broadcast", count=passes, num_bytes=16 * batch, why="token and log-probability")
+    if shape.is_paged(writer) and groups.layout.pipeline > 1:
+        yield Message(phase="rollout", group=f"{role} PP", operation="all-reduce", count=1, num_bytes=4, why="how many blocks all stages have")
+
+
+def _passes(shape: StepShape, writer: PlannedModel, batch: int) -> int:
+    """Return the passes in which a writer's sequences reach their limit, `batch` of them at a time."""
+    written = shape.written_by(writer)
+    if not written or not shape.is_paged(writer):
+        return -(-written // batch) * shape.response_tokens
+    return shape.pages(writer, written * writer.groups.num_writers, shape.response_tokens).num_steps
 
 
 def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> Iterator[Message]:
     """One forward for each batch of the share, then the hidden states to the student's last stage."""
     tokens, batches = shape.teacher_batch_tokens, shape.num_teacher_batches
     yield from _moving_weights(rank, teacher)
-    yield from _forward(teacher, "teacher", batches, tokens, "[S, B, G]", num_rounds=len(rank.payload.routes))
+    yield from _forward(teacher, "teacher", "teacher", batches, tokens, "[S, B, G]", num_rounds=len(rank.payload.routes))
     if teacher.groups.layout.context > 1:
         num_bytes, why = tokens * teacher.groups.layout.context * _key_value_bytes(teacher), "keys and values of a layer, of all positions"
         yield Message(phase="teacher", group="teacher CP", operation="all-gather", count=batches * teacher.counts.num_layers, num_bytes=num_bytes, why=why)
@@ -87,19 +100,23 @@ def _teacher(rank: PlannedRank, teacher: PlannedModel, shape: StepShape) -> Iter
 
 def _moving_weights(rank: PlannedRank, teacher: PlannedModel) -> Iterator[Message]:
     """The student's weights, or their average, to every rank before the teacher scores: `teacher.transfer`."""
-    settings, layout = rank.config.scoring_teacher, rank.config.student.layout
-    if settings is None or not settings.moves:
-        return
-    rows = weight_map(teacher.known.architecture)
-    num_bytes = sum(math.prod(row.shape) for row in rows) * teacher.dtype.itemsize
+    settings = rank.config.scoring_teacher
+    if settings is not None and settings.moves:
+        yield _moved_weights(rank, teacher, "teacher", "all ranks")
+
+
+def _moved_weights(rank: PlannedRank, model: PlannedModel, phase: str, group: str) -> Message:
+    """The slices of the student's tensors, one after another, to all ranks of a group."""
+    rows, layout = weight_map(model.known.architecture), rank.config.student.layout
+    num_bytes = sum(math.prod(row.shape) for row in rows) * model.dtype.itemsize
     count = sum(1 if row.split_dim is None else layout.tensor if row.expert is None else layout.expert_tensor for row in rows)
     why = "a slice of one tensor, on average: the whole model in all"
-    yield Message(phase="teacher", group="all ranks", operation="broadcast", count=count, num_bytes=num_bytes // count, why=why)
+    return Message(phase=phase, group=group, operation="broadcast", count=count, num_bytes=num_bytes // count, why=why)
 
 
-def _forward(model: PlannedModel, phase: str, passes: int, tokens: int, why: str, *, num_rounds: int = 1) -> Iterator[Message]:
+def _forward(model: PlannedModel, phase: str, role: str, passes: int, tokens: int, why: str, *, num_rounds: int = 1) -> Iterator[Message]:
     """Passes without gradients, in which no sequence is split: sums in every layer, one after the embedding, and one send to the next stage."""
-    groups, role, num_bytes = model.groups, "student" if phase == "rollout" else "teacher", tokens * _row_bytes(model)
+    groups, num_bytes = model.groups, tokens * _row_bytes(model)
     if groups.layout.tensor > 1:
         per_layer = _split_blocks(model)
         count = passes * (per_layer * model.counts.num_layers + groups.is_first_stage)

@@ -87,9 +87,11 @@ def _buffered(route: Route, rank: int) -> int:
 
 
 def model_grids(config: RunConfig) -> dict[str, RankGrid]:
-    """Return where the models of a run are, in the ranks of the whole job; a teacher on ranks of its own has the last."""
+    """Return where the models of a run are, in the ranks of the whole job; a teacher on ranks of its own has the last. "rollout" is a copy that writes."""
     own = config.num_teacher_ranks
     grids = {"student": RankGrid(layout=config.student.layout, num_ranks=config.world_size - own)}
+    if config.copy_layout is not None:
+        grids["rollout"] = RankGrid(layout=config.copy_layout, num_ranks=config.world_size - own)
     if config.scoring_teacher is not None:
         grids["teacher"] = RankGrid(layout=config.scoring_teacher.layout, num_ranks=own or config.world_size, first_rank=config.world_size - own if own else 0)
     return grids

@@ -73,7 +73,7 @@ def make_plan(config: RunConfig, published: Sequence[Path]) -> Plan:
     payload = step_payload(config, planned_teacher_prompt(config, teacher.architecture) if teacher is not None else None)
     row_bytes = teacher.architecture.hidden_size * DTYPES[config.training.precision].itemsize if teacher else 0
     ranks = [plan_rank(config, student, teacher, payload, rank) for rank in ranks_to_plan(config)]
-    known = {"student": student, "teacher": teacher}
+    known = {"student": student, "rollout": student, "teacher": teacher}
     return Plan(
         config=config,
         models=tuple(ModelPlan(role=role, known=model, grid=grid) for role, grid in model_grids(config).items() if (model := known[role]) is not None),

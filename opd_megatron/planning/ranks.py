@@ -42,7 +42,14 @@ class PlannedRank:
     student_known: KnownModel
     teacher_known: KnownModel | None
     student: PlannedModel | None
+    # The copy of the student that writes, where `rollout.layout` is another one.
+    copy: PlannedModel | None
     teacher: PlannedModel | None
+
+    @property
+    def writing(self) -> PlannedModel | None:
+        """The student as it writes."""
+        return self.copy or self.student
 
     @property
     def padded_vocab(self) -> int:
@@ -71,6 +78,7 @@ def plan_rank(config: RunConfig, student: KnownModel, teacher: KnownModel | None
         student_known=student,
         teacher_known=teacher,
         student=_plan_model(config, "student", student, grids["student"], rank),
+        copy=_plan_model(config, "rollout", student, grids["rollout"], rank) if "rollout" in grids else None,
         teacher=_plan_model(config, "teacher", teacher, grids["teacher"], rank) if teacher is not None else None,
     )
 

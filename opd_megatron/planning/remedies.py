@@ -40,6 +40,7 @@ _REMEDIES = {
     "teacher weights": ("teacher.placement=offloaded", "*teacher.layout.expert", "*teacher.layout.tensor", "*teacher.layout.pipeline"),
     "average": ("teacher.weights=initial", "*world_size", "*student.layout.tensor", "*student.layout.pipeline"),
     "weights on their way": ("teacher.weights=initial",),
+    "rollout weights": ("*rollout.layout.expert", "*rollout.layout.tensor", "*rollout.layout.pipeline"),
     "teacher forward": ("/teacher.micro_batch", "*teacher.layout.tensor", "*teacher.layout.context"),
     "payload": ("*world_size", "/data.batch_prompts"),
     "KV cache": ("/rollout.batch_sequences", "*student.layout.tensor", "/rollout.max_response_tokens"),

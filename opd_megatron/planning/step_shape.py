@@ -10,10 +10,21 @@ import torch
 from opd_megatron.data.batch_plan import TrainingBatches, TrainingPlan
 from opd_megatron.losses.vocab_parallel import token_chunks
 from opd_megatron.models.limits import planned_teacher_prompt
+from opd_megatron.models.paging import check_budget, model_block_bytes, num_blocks, num_steps, sequence_blocks, step_tokens, why_not_paged
 from opd_megatron.parallel.context import context_rank, padded_length
 from opd_megatron.parallel.layout import replica_share
 from opd_megatron.planning.payload import longest_samples
 from opd_megatron.planning.ranks import PlannedModel, PlannedRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """The paged cache of one writer: its blocks, the spare one among them, the most tokens of a step, and the steps until all have reached their limit."""
+
+    num_blocks: int
+    block_bytes: int
+    most_tokens: int
+    num_steps: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,24 @@ class StepShape:
     def decoded_sequences(self, model: PlannedModel, num_sequences: int) -> int:
         """Return how many of `num_sequences` one of a model's writers decodes together."""
         return min(self.rank.config.rollout.batch_sequences, -(-num_sequences // model.groups.num_writers))
+
+    def is_paged(self, model: PlannedModel) -> bool:
+        """Return whether a model is known to write by the dynamic engine; `rollout.engine=auto` is counted so where it has a budget for pages."""
+        config = self.rank.config
+        if config.rollout.engine == "auto" and config.rollout.kv_cache_gib is not None:
+            return why_not_paged(model.known.architecture, model.groups.layout, config.training.precision) is None
+        return config.rollout.engine == "dynamic"
+
+    def pages(self, model: PlannedModel, num_sequences: int, response_tokens: int) -> Pages:
+        """Return the paged cache in which a writer of the model writes its share of `num_sequences`; ValueError where it holds none of them."""
+        config, prompt_tokens = self.rank.config, self.rank.config.data.max_prompt_tokens
+        slots, share = self.decoded_sequences(model, num_sequences), -(-num_sequences // model.groups.num_writers)
+        size = model_block_bytes(model.known.architecture, model.groups.layout, model.dtype.itemsize)
+        check_budget(config.rollout.kv_cache_gib, size, prompt_tokens, response_tokens)
+        count = num_blocks(config.rollout.kv_cache_gib, size, slots, sequence_blocks(prompt_tokens, response_tokens))
+        most = step_tokens(prompt_tokens, share * prompt_tokens, slots)
+        steps = num_steps(share, prompt_tokens, response_tokens, num_slots=slots, free_blocks=count - 1, most_tokens=most)
+        return Pages(num_blocks=count, block_bytes=size, most_tokens=most, num_steps=steps)
 
     def _passed(self, model: PlannedModel, replica: int, num_replicas: int) -> int:
         # Where replicas share experts, all of them make as many passes as the busiest: `models.forward`.

@@ -52,6 +52,8 @@ def _model(plan: Plan, model: ModelPlan, gpus_per_node: int) -> Iterator[str]:
     sizes = f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP {grid.data_size}"
     own = f", the last {grid.num_ranks} of {plan.config.world_size}" if grid.first_rank else ""
     yield f"{model.role + ':':<9}{grid.num_ranks} ranks = {sizes}{own}; architecture from {model.known.source}"
+    if model.role == "rollout":
+        yield "         the student's weights once more, filled before it writes and without memory otherwise"
     if grid.first_rank and plan.config.teacher is not None and plan.config.teacher.staleness:
         yield "         one batch ahead: two batches of rollouts in flight, scores of one wait while the student writes the next and trains"
     if (experts := model.known.architecture.experts) is not None:

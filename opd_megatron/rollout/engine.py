@@ -1,24 +1,23 @@
 """Generation by the training weights themselves, under the student's own tensor, pipeline and data parallelism.
 
-Our loop over Megatron-Core's model and its static key-value cache. Everything that touches Megatron's inference package is here and in
-`models.forward`. Shapes: B sequences decoded together, S length, V vocabulary, W this rank's slice of V, H hidden.
+What every engine gives, and the static one: our loop over Megatron-Core's model and its static key-value cache, on any machine.
+Shapes: B sequences decoded together, S length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from opd_megatron.losses.head_products import head_logits
-from opd_megatron.losses.logit_scaling import LogitScaling
 from opd_megatron.models.forward import forward_hidden, inference_mode
-from opd_megatron.models.gpt import ModelChunks, head_weight
+from opd_megatron.models.gpt import ModelChunks
 from opd_megatron.parallel.groups import ModelGroups
-from opd_megatron.rollout.sampling import SamplingSettings, sample_tokens, uniform_stream
+from opd_megatron.rollout.next_token import NextToken
+from opd_megatron.rollout.sampling import SamplingSettings, uniform_stream
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,26 @@ class Response:
     finished: bool
 
 
+class RolloutEngine(Protocol):
+    """One model as a writer. Every rank of the model calls `generate`; those of a replica give the same prompts and get the same responses."""
+
+    @property
+    def groups(self) -> ModelGroups:
+        """The layout that writes: prompts are divided over its writers."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids it may write."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], settings: SamplingSettings) -> list[Response]:
+        """Return one response per prompt, in order. `keys` seeds each sequence on its own, so batching and layout change nothing."""
+        ...
+
+
 class Sampler:
-    """One model as a writer. Every rank of a replica calls `generate` with the same prompts and gets the same responses."""
+    """The static engine: sequences of similar length are decoded together until the last of them has ended."""
 
     def __init__(self, model: ModelChunks, groups: ModelGroups, *, vocab_size: int, eos_ids: Sequence[int], batch_sequences: int) -> None:
         self.model = model
@@ -40,6 +57,7 @@ class Sampler:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.eos_ids = torch.tensor(sorted(set(eos_ids)), device=self.device)
         self.batch_sequences = batch_sequences
+        self._next = NextToken(model=model, groups=groups, vocab_size=vocab_size, device=self.device)
 
     def generate(self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], settings: SamplingSettings) -> list[Response]:
         """Return one response per prompt, in order. `keys` seeds each sequence on its own, so batching and layout change nothing.
@@ -87,27 +105,7 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sampled next token and its log-probability, the same on every rank of the replica."""
         hidden_B1H = forward_hidden(self.model, self.groups, input_BS, cache)
-        # Ids below 2**53 are exact in fp64, so one broadcast carries both.
-        packed_2B = torch.empty(2, input_BS.size(0), dtype=torch.float64, device=self.device)
-        source = self.groups.writing_rank
-        if hidden_B1H is not None:
-            logits_BV = self._gather_logits(hidden_B1H[:, -1])
-            if dist.get_rank() == source:
-                token_B, logp_B = sample_tokens(logits_BV, uniform_B, settings)
-                packed_2B = torch.stack([token_B.double(), logp_B.double()])
-        if self.groups.layout.tensor * self.groups.layout.pipeline > 1:
-            dist.broadcast(packed_2B, src=source, group=self.groups.collection.mp)
-        return packed_2B[0].long(), packed_2B[1].float()
-
-    def _gather_logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
-        """Return full logits [B, V] in fp32, without temperature, on every tensor rank of the last stage; padded columns are cut off."""
-        product_BW = head_logits(hidden_BH, head_weight(self.model), torch.float32)
-        logits_BW = LogitScaling(softcap=self.model.logit_softcap).apply_(product_BW)
-        if self.groups.layout.tensor == 1:
-            return logits_BW[:, : self.vocab_size]
-        parts = [torch.empty_like(logits_BW) for _ in range(self.groups.layout.tensor)]
-        dist.all_gather(parts, logits_BW.contiguous(), group=self.groups.collection.tp)
-        return torch.cat(parts, dim=-1)[:, : self.vocab_size]
+        return self._next.draw(hidden_B1H[:, -1] if hidden_B1H is not None else None, uniform_B, settings)
 
     def _collect(self, tokens_BS: torch.Tensor, logp_BS: torch.Tensor, lengths_B: torch.Tensor, stop_B: torch.Tensor) -> list[Response]:
         """Cut each row after its first end-of-sequence token, or where its budget ends."""

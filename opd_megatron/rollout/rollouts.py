@@ -14,7 +14,7 @@ import torch.distributed as dist
 from opd_megatron.data.batches import Sample
 from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.layout import replica_share
-from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.sampling import SamplingSettings
 
 
@@ -58,7 +58,7 @@ class WriterPrompt:
 
 
 def sample_rollouts(
-    sampler: Sampler,
+    sampler: RolloutEngine,
     groups: ModelGroups,
     prompts: Sequence[WriterPrompt],
     settings: SamplingSettings,

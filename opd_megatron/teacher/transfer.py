@@ -1,7 +1,7 @@
-"""The student's weights on their way into the teacher's layout: where the student is its own teacher and its weights move (`teacher.weights` live, ema).
+"""The student's weights on their way into another layout: the teacher's, where it is the student itself (`teacher.weights` live, ema), or a copy's that writes.
 
-Row after row of the weight map, every rank of the job has one tensor whole for a moment: its slices are broadcast by ranks that hold them, spread over the
-replicas, and each rank keeps what its part of the teacher needs. Any layout goes to any other; memory is that of the largest tensor.
+Row after row of the weight map, every rank has one tensor whole for a moment: its slices are broadcast by ranks that hold them, spread over the
+replicas, and each rank keeps what its part of the other model needs. Any layout goes to any other; memory is that of the largest tensor.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import Prompt
 from opd_megatron.evaluation.accuracy import evaluate
-from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.sampling import SamplingSettings
 from opd_megatron.training.recorder import Recorder
 from opd_megatron.training.setup import Parts, Sources, make_sampler
@@ -43,7 +43,7 @@ class Evaluator:
             self._recorder.log_evaluation({"step": step, "who": who, **record})
 
 
-def evaluate_held_out(sampler: Sampler, config: RunConfig, sources: Sources, *, as_teacher: bool) -> dict[str, Any] | None:
+def evaluate_held_out(sampler: RolloutEngine, config: RunConfig, sources: Sources, *, as_teacher: bool) -> dict[str, Any] | None:
     """Return accuracy and examples on rank 0 of the sampler's world; None elsewhere, and without held-out prompts.
 
     A privileged teacher answers what it reads in training: its accuracy is what the solutions are worth to it.

@@ -1,4 +1,4 @@
-"""Whether both models fit their ranks; where one does not, the nearest layouts that do. No torch, no process group."""
+"""Whether both models, and the copy that writes, fit their ranks; where one does not, the nearest layouts that do. No torch, no process group."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def _roles(config: RunConfig, world_size: int, student: Architecture | None, tea
     own = config.num_teacher_ranks
     num_ranks = world_size - own
     yield _Role(name="student", layout=config.student.layout, num_ranks=num_ranks, check=partial(_check_student, config, num_ranks, student))
+    if config.rollout.layout is not None:
+        yield _Role(name="rollout", layout=config.rollout.layout, num_ranks=num_ranks, check=partial(_check_rollout, config, num_ranks, student))
     if config.teacher is not None:
         num_ranks = own or world_size
         yield _Role(name="teacher", layout=config.teacher.layout, num_ranks=num_ranks, check=partial(_check_teacher, config, num_ranks, student, teacher))
@@ -56,6 +58,16 @@ def _check_student(config: RunConfig, num_ranks: int, student: Architecture | No
         student.check_layout("student", layout)
         student.check_training("student", layout)
         student.check_fp8("student", layout, config.training.fp8)
+
+
+def _check_rollout(config: RunConfig, num_ranks: int, student: Architecture | None, layout: ParallelLayout) -> None:
+    replace(config.rollout, layout=layout)
+    layout.check_ranks("rollout", num_ranks)
+    if student is not None:
+        try:
+            student.check_layout("rollout", layout)
+        except ValueError as error:
+            raise ValueError(str(error).replace("the rollout", "the student")) from None
 
 
 def _check_teacher(config: RunConfig, num_ranks: int, student: Architecture | None, teacher: Architecture | None, layout: ParallelLayout) -> None:

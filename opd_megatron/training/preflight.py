@@ -18,6 +18,7 @@ from opd_megatron.models.allocation import check_modules
 from opd_megatron.models.architecture import Architecture
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 from opd_megatron.models.limits import check_length
+from opd_megatron.models.paging import check_budget, model_block_bytes, why_not_paged
 from opd_megatron.reporting.run_directory import RunDirectory
 from opd_megatron.training.layouts import check_layouts
 
@@ -34,6 +35,10 @@ MAY_CHANGE = (
     "teacher.micro_batch",
     "teacher.transfer_rounds",
     "rollout.batch_sequences",
+    "rollout.engine",
+    "rollout.kv_cache_gib",
+    "rollout.cuda_graphs",
+    "rollout.layout",
     "rollout.record",
     "loss.chunk_tokens",
     "training.steps",
@@ -69,6 +74,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _open_model("student", config.student)
     check_length(config, "student", student)
+    _check_engine(config, student)
     check_modules(config.modules, config.effopd.modules if config.effopd.enabled else None, student)
     if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
         raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
@@ -85,6 +91,26 @@ def _check_replay(run: RunDirectory, steps: int) -> None:
         file = run.rollout_file(step)
         if not file.is_file():
             raise ValueError(f"rollout.replay={str(run.path)!r} has no record of step {step}: {file} is missing; record with rollout.record=true")
+
+
+def _check_engine(config: RunConfig, student: Architecture) -> None:
+    """Raise ValueError where the dynamic engine is asked for and cannot write with the student, or not with these pages."""
+    rollout, layout = config.rollout, config.writing_layout
+    problem = why_not_paged(student, layout, config.training.precision)
+    if rollout.engine == "dynamic" and problem is not None:
+        raise ValueError(f"rollout.engine=dynamic cannot write with the student: {problem}; set it to auto or static")
+    if rollout.kv_cache_gib is not None and problem is None:
+        response = max(rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+        # Two bytes a number: no other precision is written in pages.
+        check_budget(rollout.kv_cache_gib, model_block_bytes(student, layout, 2), config.data.max_prompt_tokens, response)
+    if not rollout.cuda_graphs:
+        return
+    if layout.pipeline > 1:
+        raise ValueError(
+            f"rollout.cuda_graphs=true records steps of one stage, and the student writes in {layout.pipeline}; set rollout.layout.pipeline=1, or it to false"
+        )
+    if student.experts is not None:
+        raise ValueError("rollout.cuda_graphs=true cannot record a mixture of experts, whose messages depend on where tokens go; set it to false")
 
 
 def _check_trackers(tracking: TrackingConfig) -> None:

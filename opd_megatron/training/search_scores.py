@@ -13,7 +13,7 @@ from opd_megatron.config import DataConfig, EffOPDConfig, RunConfig
 from opd_megatron.data.prompts import Prompt, PromptSet
 from opd_megatron.evaluation.accuracy import answer
 from opd_megatron.parallel.world import agreed_by_rank_0
-from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.rollouts import Rollouts, WriterPrompt, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 from opd_megatron.teacher.teacher import Teacher
@@ -47,7 +47,7 @@ class AnswerScore:
     """The mean mark of answers: each candidate reads the same prompts, and where it samples, draws the same random numbers."""
 
     config: RunConfig
-    sampler: Sampler
+    sampler: RolloutEngine
     prompts: PromptSet
     tokenizer: Any
     grader: Callable[[Prompt, str], float]
@@ -81,7 +81,7 @@ class DivergenceScore:
     """Minus the mean loss to the teacher at the positions of one set of responses, which the weights before the search wrote: no grader is asked."""
 
     config: RunConfig
-    sampler: Sampler
+    sampler: RolloutEngine
     student: Student
     teacher: Teacher
     align: Callable[[Rollouts], Rollouts]

@@ -21,7 +21,7 @@ def refresh_from(student: Student, teacher: Teacher, config: RunConfig, source: 
     """Return what brings the student's weights, or their average, to the teacher; every rank of the student calls it. The average begins here."""
     assert config.teacher is not None
     held = held_slices(student.model, student.groups, source.architecture)
-    transfer = _transfer(config, source, bridge, choose_sources(source.architecture, bridge, held), student.device)
+    transfer = student_transfer(config, source, bridge, choose_sources(source.architecture, bridge, held), student.device)
     if config.teacher.weights == "ema":
         owned = {name: held[name].parameter for name in transfer.sent_from(bridge.rank)}
         student.average = MovingAverage(owned, config.teacher.ema_decay)
@@ -52,10 +52,11 @@ def take_refresh(message: Refresh, scorer: Scorer, config: RunConfig, source: We
 
     with scorer.changing_weights():
         sinks = model_sinks(scorer.model, scorer.groups, source.architecture, vocab_multiple=1)
-        _transfer(config, source, bridge, message.sources, device).run(nothing, sinks)
+        student_transfer(config, source, bridge, message.sources, device).run(nothing, sinks)
 
 
-def _transfer(config: RunConfig, source: WeightSource, bridge: Bridge, sources: Mapping[str, tuple[int, ...]], device: torch.device) -> WeightTransfer:
+def student_transfer(config: RunConfig, source: WeightSource, bridge: Bridge, sources: Mapping[str, tuple[int, ...]], device: torch.device) -> WeightTransfer:
+    """Return the way of the student's weights to every rank of `bridge`."""
     padded = source.architecture.padded_vocab_size(config.student.layout.tensor, config.student.vocab_multiple)
     return WeightTransfer(
         architecture=source.architecture, bridge=bridge, sources=sources, padded_vocab=padded, dtype=DTYPES[config.training.precision], device=device

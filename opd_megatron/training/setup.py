@@ -27,7 +27,7 @@ from opd_megatron.models.weights import WeightSource, open_weights
 from opd_megatron.parallel.groups import ModelGroups, student_groups, teacher_groups
 from opd_megatron.parallel.layout import RankGrid
 from opd_megatron.parallel.world import Bridge, shared_errors
-from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.engine import RolloutEngine, Sampler
 from opd_megatron.rollout.rollouts import Rollouts
 from opd_megatron.teacher.routing import Router
 from opd_megatron.teacher.scorer import Scorer
@@ -36,6 +36,7 @@ from opd_megatron.training.alignment import RolloutAligner, make_aligner, token_
 from opd_megatron.training.effopd import EffOPD
 from opd_megatron.training.importance import Importance
 from opd_megatron.training.objective import AlignedDistillation, Distillation, Objective, SupervisedFineTuning
+from opd_megatron.training.rollout_engine import student_engine
 from opd_megatron.training.search_scores import AnswerScore, DivergenceScore, SearchScore, drawn_prompts
 from opd_megatron.training.self_teacher import refresh_from
 from opd_megatron.training.self_test import check_self_divergence
@@ -76,7 +77,7 @@ class Parts:
 
     student: Student
     teacher: Teacher | None
-    sampler: Sampler
+    sampler: RolloutEngine
     write: Writer
     align: Callable[[Rollouts], Rollouts]
     objective: Objective
@@ -147,8 +148,9 @@ def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Brid
     note(groups.picture("student"))
     student = Student(config, sources.student, groups, device)
     teacher = _build_teacher(config, config.teacher, sources, student, bridge, note) if sources.teacher is not None and config.teacher is not None else None
-    sampler = make_sampler(student.model, groups, config, sources.student_text)
-    importance = Importance(config=config, vocab_size=sources.student_text.vocab_size)
+    text = sources.student_text
+    sampler = student_engine(config, sources.student, student, vocab_size=text.vocab_size, eos_ids=text.eos_ids, note=note)
+    importance = Importance(config=config, vocab_size=text.vocab_size)
     throughput = Throughput(
         student=sources.student.architecture,
         teacher=sources.teacher.architecture if sources.teacher is not None else None,
@@ -162,7 +164,7 @@ def build_parts(config: RunConfig, sources: Sources, run_dir: Path, bridge: Brid
         student=student,
         teacher=teacher,
         sampler=sampler,
-        write=make_writer(config, run_dir, sampler, groups, sources.student_text.tokenizer),
+        write=make_writer(config, run_dir, sampler, text.tokenizer),
         align=_make_alignment(sources),
         objective=_make_objective(config, student, teacher, sources),
         importance=importance,
@@ -232,7 +234,7 @@ def make_router(source: WeightSource, config: RunConfig, bridge: Bridge) -> Rout
 
 
 def make_sampler(model: ModelChunks, groups: ModelGroups, config: RunConfig, text: Text) -> Sampler:
-    """Return one model as a writer."""
+    """Return one model as a writer where a run measures it once, or measures it alone."""
     return Sampler(model, groups, vocab_size=text.vocab_size, eos_ids=text.eos_ids, batch_sequences=config.rollout.batch_sequences)
 
 

@@ -13,10 +13,9 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.data.batches import Sample
 from opd_megatron.data.prompts import Prompt, response_ids
-from opd_megatron.parallel.groups import ModelGroups
 from opd_megatron.parallel.world import shared_errors
 from opd_megatron.reporting.run_directory import RunDirectory
-from opd_megatron.rollout.engine import Sampler
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.rollouts import Rollouts, WriterPrompt, record_rollouts, replay_rollouts, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
 
@@ -28,8 +27,7 @@ Writer = Callable[[int, list[Prompt], int], Rollouts]
 class OnPolicy:
     """The student's current weights write; `record_to` keeps what they wrote."""
 
-    sampler: Sampler
-    groups: ModelGroups
+    sampler: RolloutEngine
     settings: SamplingSettings
     samples_per_prompt: int
     seed: int
@@ -38,7 +36,7 @@ class OnPolicy:
     def __call__(self, step: int, prompts: list[Prompt], policy_version: int) -> Rollouts:
         rollouts = sample_rollouts(
             self.sampler,
-            self.groups,
+            self.sampler.groups,
             [WriterPrompt(prompt.index, prompt.ids, prompt.teacher_ids) for prompt in prompts],
             self.settings,
             samples_per_prompt=self.samples_per_prompt,
@@ -99,7 +97,7 @@ class ReferenceAnswers:
         return Rollouts(tuple(samples), policy_version)
 
 
-def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: ModelGroups, tokenizer: Any) -> Writer:
+def make_writer(config: RunConfig, run_dir: Path, sampler: RolloutEngine, tokenizer: Any) -> Writer:
     """Return what the configuration asks for."""
     rollout = config.rollout
     if config.training.objective == "sft":
@@ -114,7 +112,6 @@ def make_writer(config: RunConfig, run_dir: Path, sampler: Sampler, groups: Mode
         )
     return OnPolicy(
         sampler=sampler,
-        groups=groups,
         settings=SamplingSettings(max_response_tokens=rollout.max_response_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k),
         samples_per_prompt=rollout.samples_per_prompt,
         seed=config.seed,

@@ -34,6 +34,7 @@ BASE = RunConfig(
     student=StudentConfig(hf="student"),
     teacher=TeacherConfig(hf="teacher"),
     data=DataConfig(prompts="prompts.jsonl", task_options={"min_word_len": 3}),
+    rollout=RolloutConfig(layout=ParallelLayout()),
 )
 WITHOUT_TEACHER = dataclasses.replace(BASE, teacher=None, training=TrainingConfig(objective="sft"))
 
@@ -303,6 +304,21 @@ BAD_VALUES = [
     ("rollout.top_k=-1", "rollout.top_k=-1 must not be negative; 0 keeps the whole vocabulary"),
     ("rollout.samples_per_prompt=0", "rollout.samples_per_prompt=0 must be at least 1"),
     ("rollout.batch_sequences=0", "rollout.batch_sequences=0 must be at least 1"),
+    ("rollout.kv_cache_gib=0", "rollout.kv_cache_gib=0.0 must be a positive number, or null for rollout.batch_sequences' need"),
+    (
+        "rollout.engine=static rollout.kv_cache_gib=4",
+        "rollout.kv_cache_gib=4.0 is without effect under rollout.engine=static; use rollout.engine=dynamic, or set it to null",
+    ),
+    (
+        "rollout.engine=static rollout.cuda_graphs=true",
+        "rollout.cuda_graphs=true is without effect under rollout.engine=static; use rollout.engine=dynamic, or set it to false",
+    ),
+    ("rollout.layout.context=2", "rollout.layout.context=2 is of no use: it cuts sequences, and a decoding step has one position; set it to 1"),
+    ("rollout.layout.virtual=2 rollout.layout.pipeline=2", "rollout.layout.virtual=2 is of no use: it shortens the bubbles of a backward; set it to 1"),
+    (
+        "rollout.layout.sequence=true rollout.layout.tensor=2",
+        "rollout.layout.sequence=true is of no use: a decoding step has one position; set it to false",
+    ),
     ("loss.beta=1.5", "loss.beta=1.5 must be in [0, 1]"),
     ("loss.temperature=0", "loss.temperature=0.0 must be positive"),
     ("loss.pointwise_clip=0", "loss.pointwise_clip=0.0 must be positive, or null for none"),

@@ -152,6 +152,23 @@ MISTAKES = {
     "teacher world": (["quickstart", "--check", "teacher.layout.pipeline=3"], ["teacher.layout: world_size=4 is not a multiple", "=3", "use 3 ranks"]),
     "small world": (["quickstart", "--check", "--nproc-per-node", "2"], ["world_size=2", "use at least 4 ranks or change the layout"]),
     "positions": (["quickstart", "--check", "rollout.max_response_tokens=449"], ["= 513 exceeds the student's 512 positions", "lower one of them"]),
+    "rollout world": (
+        ["quickstart", "--check", "rollout.layout.tensor=3"],
+        ["rollout.layout: world_size=4 is not a multiple", "nearest that work: rollout.layout.tensor="],
+    ),
+    "rollout layers": (["quickstart", "--check", "rollout.layout.pipeline=4"], ["rollout.layout.pipeline=4 does not divide the student's 2 layers"]),
+    "dynamic engine": (
+        ["quickstart", "--check", "rollout.engine=dynamic"],
+        ["rollout.engine=dynamic cannot write with the student: training.precision=fp32", "set it to auto or static"],
+    ),
+    "graphs of stages": (
+        ["quickstart", "--check", "training.precision=bf16", "rollout.cuda_graphs=true"],
+        ["records steps of one stage, and the student writes in 2", "rollout.layout.pipeline=1"],
+    ),
+    "few pages": (
+        ["quickstart", "--check", "training.precision=bf16", "rollout.kv_cache_gib=1e-6"],
+        ["rollout.kv_cache_gib=1e-06 holds 0 blocks of 256 tokens", "needs 1"],
+    ),
     "student folder": (["quickstart", "--check", "student.hf=nowhere"], ["nowhere is not a Hugging Face model folder", "config.json"]),
     "student checkpoint": (
         ["quickstart", "--check", "student.hf=null", "student.checkpoint=nowhere"],
