@@ -90,7 +90,8 @@ def read_build(text: str) -> TorchBuild:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             values[ast.unparse(target)] = node.value.value
-    return TorchBuild(version=str(values.get("__version__", "unknown")), cuda=values.get("cuda"), is_rocm=values.get("hip") is not None)
+    cuda = values.get("cuda")
+    return TorchBuild(version=str(values.get("__version__", "unknown")), cuda=None if cuda is None else str(cuda), is_rocm=values.get("hip") is not None)
 
 
 def wants_cpu(environment: Mapping[str, str]) -> bool:
