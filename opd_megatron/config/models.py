@@ -114,7 +114,7 @@ class TeacherConfig:
     # Sequences of similar length scored at once by one replica.
     micro_batch: int = 8
     # In how many rounds hidden states travel to the student, each while the next is scored; never more than a replica has micro-batches.
-    # 1 sends everything once all is scored: fewest messages, and on CPUs, the only place where it was measured, as fast as any other (teacher/README.md).
+    # 1 sends everything once all is scored: fewest messages, and over gloo, the only place where it was measured, as fast as four rounds (teacher/README.md).
     transfer_rounds: int = 1
 
     def __post_init__(self) -> None:
