@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opd_megatron.config.checks import require
 
@@ -85,7 +86,7 @@ def find_torch() -> TorchBuild | None:
 
 def read_build(text: str) -> TorchBuild:
     """Return what torch's version.py says."""
-    values = {}
+    values: dict[str, Any] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
