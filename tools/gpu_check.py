@@ -117,6 +117,9 @@ def all_steps(device: str, gpu_memory_gib: float, folder: Path) -> list[Step]:
     tokens = "4096" if gpu_memory_gib >= 40 else "1024"
     losses: tuple[str, ...] = ("--device", "cuda", "--tensor", "1", "--kinds", "reverse_kl", "--vocab", "151936", "--dtypes", "bfloat16")
     losses = (*losses, "--hidden", "4096", "--tokens", tokens, "--functions", "products", "fused", "torch")
+    writing: tuple[str, ...] = ("--sequences", "4", "--response-tokens", "8", "--hidden", "128", "--layers", "1", "--rounds", "1")
+    if not is_cpu:
+        writing = ("--precision", "bf16", "--hidden", "1024", "--layers", "8", "--sequences", "64", "--batch-sequences", "64")
     return [
         Step(
             name="tests",
@@ -149,7 +152,7 @@ def all_steps(device: str, gpu_memory_gib: float, folder: Path) -> list[Step]:
         Step(
             name="rollout",
             what="tokens written per second",
-            command=(python, "tools/bench_rollout.py", "--json"),
+            command=(python, "tools/bench_rollout.py", "--json", *writing),
             limit_seconds=60,
             skip=None if (ROOT / "tools" / "bench_rollout.py").is_file() else "tools/bench_rollout.py is not there",
             read=lambda stdout: ([], json.loads(stdout.splitlines()[-1])),
