@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import package_info
 
 from opd_megatron.config import RolloutConfig
 from opd_megatron.models.architecture import Architecture
@@ -16,6 +16,7 @@ from opd_megatron.models.gpt import ModelChunks
 from opd_megatron.models.paging import why_not_paged
 from opd_megatron.packages import probe
 from opd_megatron.parallel.groups import ModelGroups
+from opd_megatron.parallel.megatron import makes_paged_caches
 from opd_megatron.rollout.dynamic import DynamicSampler
 from opd_megatron.rollout.engine import RolloutEngine, Sampler
 
@@ -57,8 +58,8 @@ def _why_not_here() -> str | None:
     """Return what this process lacks for Megatron-Core's paged attention, or None."""
     if not torch.cuda.is_available():
         return "the paged attention needs a GPU"
-    if (package_info.MAJOR, package_info.MINOR) != (0, 16):
-        return f"megatron-core is {package_info.__version__}, and from 0.17 on its DynamicInferenceContext is made in another way; install 0.16.1"
+    if not makes_paged_caches():
+        return f"megatron-core is {version('megatron-core')}, and from 0.17 on its DynamicInferenceContext is made in another way; install 0.16.1"
     package = probe("flash_attn")
     if not package.works:
         return str(package)

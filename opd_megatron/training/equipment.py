@@ -6,8 +6,8 @@ The probe of packages is `opd_megatron.packages`, the choice of layers `models.l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 
-import megatron.core
 import torch
 
 from opd_megatron.config import ParallelLayout, RunConfig
@@ -44,7 +44,7 @@ def check_equipment(config: RunConfig) -> None:
 def describe_equipment(config: RunConfig, student: Architecture, teacher: Architecture | None) -> str:
     """Return a few lines for the log of rank 0, as short on a CPU as there is little to choose."""
     options = layers_here(config.training)
-    versions = f"torch {torch.__version__}, megatron-core {megatron.core.__version__}"
+    versions = f"torch {torch.__version__}, megatron-core {version('megatron-core')}"
     if not torch.cuda.is_available():
         return f"equipment: CPU, {versions}\n" + _line("layers", f"{_NAMES[options.kind]}{_again(options)}; attention, Adam and loss are PyTorch's")
     device = torch.cuda.get_device_name()
