@@ -151,7 +151,7 @@ def _mistake(error: ValueError) -> int:
     """Print the message once: mistakes are found by all ranks alike, and rank 0 must be heard before the launcher ends the others."""
     if _rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        leave_cause(str(error))
+        leave_cause(str(error), is_mistake=True)
     else:
         time.sleep(1)
     return EXIT_MISTAKE

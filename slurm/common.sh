@@ -160,6 +160,8 @@ end_attempt() {
     first=$(sed -n 's/^srun: error: \(Node failure on .*\)/\1/p' "$LOG_DIR/srun.log" | head -n 1)
     [ -n "$first" ] || first=$(sed -n 's/^srun: error: \(.*: tasks\? .*\)/\1/p' "$LOG_DIR/srun.log" | head -n 1)
     word=$(cat "$LOG_DIR/status" 2>/dev/null) || word="before it began"
+    # Of a mistake that all ranks find, srun tells the code of one that it ended before that could exit by itself.
+    [ ! -e "$LOG_DIR/mistake" ] || code=2
     if [ "$word" = running ]; then
         word=crashed
         # Unless Slurm, which lost a node, has begun another attempt already.

@@ -40,8 +40,11 @@ def attempt_file(name: str) -> Path | None:
     return Path(folder) / name if folder else None
 
 
-def leave_cause(message: str) -> None:
-    """Write the message into the file that TORCHELASTIC_ERROR_FILE names, in torchrun's form, and into the attempt's folder unless another rank was first."""
+def leave_cause(message: str, *, is_mistake: bool = False) -> None:
+    """Write the message into the file that TORCHELASTIC_ERROR_FILE names, in torchrun's form, and into the attempt's folder unless another rank was first.
+
+    A mistake of the user's leaves a file `mistake` beside it: the job must end with 2, and srun tells the largest exit code, which is that of a rank it ended.
+    """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         cause = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": cause}))
@@ -50,3 +53,5 @@ def leave_cause(message: str) -> None:
         # Another rank was first, or the disk is full: what failed is to be told, and not this.
         with contextlib.suppress(OSError), cause_file.open("x") as stream:
             stream.write(f"rank {rank}: {message}\n")
+            if is_mistake:
+                cause_file.with_name("mistake").touch()

@@ -335,6 +335,7 @@ def fill(folder: Path, left: int) -> None:
 
 @pytest.mark.slow
 def test_data_that_were_replaced_end_the_attempt_with_2_and_take_nothing(cluster: Cluster, small_run: list[str], tmp_path: Path) -> None:
+    """Also where srun ends the other ranks before they exit with 2 by themselves, and so ends with the code of a TERM."""
     run, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
     original = Path(next(word for word in small_run if word.startswith("data.prompts=")).removeprefix("data.prompts="))
     shutil.copy(original, prompts)
@@ -345,8 +346,10 @@ def test_data_that_were_replaced_end_the_attempt_with_2_and_take_nothing(cluster
     end_of(cluster, job)
     before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
     prompts.write_text(original.read_text().replace("say 1", "tell 1"))
+    terminated = '[ "${SLURM_PROCID:-0}" = 0 ] || [ $code = 0 ] || kill -TERM $$'
+    python = wrapped_python(tmp_path / "python", f'code=0; "$PYTHON" "$@" || code=$?\n{terminated}\nexit $code')
     with measured("data that were replaced", 90):
-        job = submit(cluster, run, *words)
+        job = submit(cluster, run, *words, OPD_PYTHON=python)
         facts = end_of(cluster, job)
     assert code_of(facts) == ("FAILED", "2:0"), log_of(run)
     assert "prompts.jsonl is not the data this run began with" in last_line(run)

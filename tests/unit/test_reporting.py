@@ -184,8 +184,12 @@ def test_the_first_rank_to_fail_leaves_the_cause(tmp_path, monkeypatch):
     monkeypatch.setenv("OPD_ATTEMPT_DIR", str(tmp_path))
     for rank in ("3", "1"):
         monkeypatch.setenv("RANK", rank)
-        leave_cause("out of memory")
+        leave_cause("out of memory", is_mistake=rank == "1")
     assert (tmp_path / "cause").read_text() == "rank 3: out of memory\n"
+    assert not (tmp_path / "mistake").exists()
+    (tmp_path / "cause").unlink()
+    leave_cause("no such recipe", is_mistake=True)
+    assert (tmp_path / "mistake").exists()
     monkeypatch.setenv("OPD_ATTEMPT_DIR", str(tmp_path / "nowhere"))
     leave_cause("out of memory")
 
