@@ -35,7 +35,8 @@ REQUIREMENTS: Mapping[str, Requirement] = {
             "transformer_engine": (),
             "transformer_engine.common.recipe": ("Format", "Float8CurrentScaling"),
             "transformer_engine.pytorch": ("Linear", "LayerNormLinear", "GroupedLinear", "DotProductAttention", "RMSNorm", "fp8_autocast"),
-            "transformer_engine.pytorch.optimizers": ("FusedAdam",),
+            "transformer_engine.pytorch.fp8": ("FP8GlobalStateManager", "fp8_autocast"),
+            "transformer_engine.pytorch.optimizers": ("FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"),
         },
     ),
     # PyPI's apex is another package, without any of these.

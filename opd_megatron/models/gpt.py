@@ -146,7 +146,7 @@ def _transformer_config(architecture: Architecture, layout: ParallelLayout, prec
         **_virtual_settings(layout),
         **_expert_settings(architecture.experts, layout, grouped=options.kind == "te"),
         **options.transformer_settings(has_experts=architecture.experts is not None),
-        **(_window_settings(architecture) if options.kind == "te" and own_attention_reason(architecture, layout) is None else {}),
+        **(_window_settings(architecture) if options.kind == "te" and own_attention_reason(architecture, layout, precision) is None else {}),
     )
     if architecture.rope.attention_factor != 1.0:
         _lengthen_rotated(config, architecture.rope.attention_factor)

@@ -90,7 +90,8 @@ def layers_here(training: TrainingConfig) -> LayerOptions:
 
 
 def _kind(training: TrainingConfig, has_device: bool, package: Callable[[str], Package]) -> Literal["te", "local"]:
-    if training.layers == "local" or (training.layers == "auto" and not has_device):
+    # Transformer Engine multiplies fp32 numbers in TF32, whatever torch was told.
+    if training.layers == "local" or (training.layers == "auto" and (not has_device or training.precision == "fp32")):
         return "local"
     if not has_device:
         raise ValueError("training.layers=te needs a CUDA device, and there is none; set training.layers=local, or auto")
@@ -132,10 +133,12 @@ def _fuses_gradients(training: TrainingConfig, kind: str, has_device: bool, pack
     return False
 
 
-def own_attention_reason(architecture: Architecture, layout: ParallelLayout) -> str | None:
+def own_attention_reason(architecture: Architecture, layout: ParallelLayout, precision: Literal["bf16", "fp32"]) -> str | None:
     """Return why Transformer Engine's attention does not compute this model, so that ours does between its layers; None where it does."""
     if architecture.attention_softcap is not None:
         return "it caps no scores"
+    if precision == "fp32":
+        return "it has no fp32 kernels for packed sequences or context ranks"
     sizes = {window for window in architecture.windows if window is not None}
     if len(sizes) > 1:
         return f"it takes one window size, not {sorted(sizes)}"

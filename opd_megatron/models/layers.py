@@ -75,7 +75,8 @@ def block_spec(
     if kind == "te":
         from opd_megatron.models import te_layers  # where it is not installed, its modules are none
 
-        layer = te_layers.te_layer(architecture, config, own_attention_reason=own_attention_reason(architecture, layout))
+        reason = own_attention_reason(architecture, layout, "bf16" if config.bf16 else "fp32")
+        layer = te_layers.te_layer(architecture, config, own_attention_reason=reason)
         final_norm: type = te_layers.FINAL_NORM
     else:
         layer, final_norm = _local_layer(architecture, config), RMSNorm

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from opd_megatron.config import ParallelLayout
 from opd_megatron.parallel.layout import Cell, RankGrid
@@ -121,7 +121,11 @@ def teacher_groups(layout: ParallelLayout) -> ModelGroups:
         setattr(collection, name, made[str(ranks)])
     # A frozen model reduces no embedding gradients.
     collection.embd = collection.pos_embd = None  # type: ignore[assignment]
-    return ModelGroups(grid=grid, cell=grid.cell(dist.get_rank()), collection=collection)
+    groups = ModelGroups(grid=grid, cell=grid.cell(dist.get_rank()), collection=collection)
+    # On a GPU every weight is drawn through this tracker before its file is read, and ranks that hold no student have not seeded it.
+    if not get_cuda_rng_tracker().is_initialized():
+        model_parallel_cuda_manual_seed(0, tp_rank=groups.tensor_rank, ep_rank=collection.ep.rank(), etp_rank=collection.expt_tp.rank())
+    return groups
 
 
 def forget_student_groups() -> None:

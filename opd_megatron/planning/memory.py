@@ -294,7 +294,7 @@ def _payload(rank: PlannedRank, row_bytes: int) -> list[Term]:
     """The teacher's hidden states of a step on their way to the student's last stage and there, and the head that makes logits of them."""
     payload, student, settings = rank.payload, rank.student, rank.config.teacher
     receives, needed = student is not None, payload.needed_rows(rank.rank)
-    held, buffered = payload.scored_rows(rank.rank, receives=receives), payload.buffered_rows(rank.rank, receives=receives)
+    held, buffered = payload.scored_rows(rank.rank), payload.buffered_rows(rank.rank, receives=receives)
     why = f"{held:,} rows held, {buffered:,} in messages, {needed:,} joined by sample, of {row_bytes:,} bytes"
     terms = [
         Term(name="payload, scored and sent", phase="teacher", num_bytes=(held + buffered + needed) * row_bytes, why=why),

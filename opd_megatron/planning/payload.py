@@ -52,14 +52,10 @@ class Payload:
         """Return the rows that each all-gather in which a rank takes part gives it."""
         return [gather.whole_rows for step in self._steps for gather in step.gathers if rank in gather.ranks and len(gather.ranks) > 1]
 
-    def scored_rows(self, rank: int, *, receives: bool) -> int:
-        """Return the most rows that a rank has scored and not let go: of one round, and while it is under way, of the next.
-
-        Of rounds with more than one step all, on a rank that `receives` nothing and takes the others last.
-        """
+    def scored_rows(self, rank: int) -> int:
+        """Return the most rows that a rank has scored and not let go: of one round, and while it is under way, of the next."""
         held = [_held(route, rank) for route in self.routes]
-        at_once = 2 if receives or all(len(route.plan.steps) <= 1 for route in self.routes) else len(held)
-        return max((sum(held[number : number + at_once]) for number in range(len(held))), default=0)
+        return max((sum(held[number : number + 2]) for number in range(len(held))), default=0)
 
     def buffered_rows(self, rank: int, *, receives: bool) -> int:
         """Return the rows that lie in a rank's messages at once: of one round, and on one that `receives` nothing, of all rounds."""

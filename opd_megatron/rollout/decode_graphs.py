@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+
+
+@cache
+def _stream_beside() -> torch.cuda.Stream:
+    """Return the one stream of this process for first calls: libraries keep a workspace for every stream that they were ever called on."""
+    return torch.cuda.Stream()
 
 
 class DecodeGraphs:
@@ -34,7 +40,7 @@ class DecodeGraphs:
 
     def _record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         # Libraries allocate and choose their kernels in a first call. It writes the keys and values that the replay writes again.
-        beside = torch.cuda.Stream()
+        beside = _stream_beside()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             step()

@@ -62,6 +62,9 @@ class PagedCache:
             use_cuda_graphs_for_non_decode_steps=False,
             materialize_only_last_token_logits=False,
         )
+        # FlashAttention 3, which Megatron-Core prefers where it is, multiplies what lies behind a sequence's end in its last page by 0: it must be a number.
+        # https://github.com/Dao-AILab/flash-attention/issues/2374
+        self.context.memory_buffer.zero_()
         self._free_blocks = self.context.block_allocator.total_count - 1
         self._reserved: dict[int, int] = {}
 
@@ -83,6 +86,10 @@ class PagedCache:
     def begin_step(self) -> list[int]:
         """Make ready for a forward pass; return the sequences in the order in which the step has them."""
         self.context.initialize_attention_state()
+        if not self.context.is_decode_only():
+            # With prompts of one token alone, flash-attn would take the step for one of decoding, in which rows are sequences. As Megatron does for graphs.
+            state = self.context.active_attn_metadata["mha_metadata"].state_data
+            state["max_seqlen_q"] = max(2, state["max_seqlen_q"])
         assert self.context.paused_request_count == 0, "blocks were set aside for every sequence"
         indices: list[int] = self.context.request_ids[: self.context.total_request_count].tolist()
         return indices

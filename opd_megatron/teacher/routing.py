@@ -6,6 +6,7 @@ Every rank computes the same pieces from the lengths of the samples, which all r
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,11 +58,14 @@ def plan_routes(
     by_round: list[list[Piece]] = [[] for _ in scoring.rounds(num_rounds)]
     for piece in pieces:
         by_round[round_of[piece.sample]].append(piece)
-    return tuple(_route(of_round) for of_round in by_round)
+    # A round is one step: with more, a rank that ends no round before it has scored all would send those that follow later than its receivers wait for them,
+    # and NCCL pairs messages by their order.
+    bounds = {} if len(by_round) == 1 else {"max_rows": sys.maxsize}
+    return tuple(_route(of_round, **bounds) for of_round in by_round)
 
 
-def _route(pieces: Sequence[Piece]) -> Route:
-    plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces])
+def _route(pieces: Sequence[Piece], **bounds: int) -> Route:
+    plan = plan_payload([piece.holders for piece in pieces], [piece.needers for piece in pieces], [piece.num_rows for piece in pieces], **bounds)
     return Route(pieces=tuple(pieces), plan=plan)
 
 

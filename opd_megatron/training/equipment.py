@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Literal
 
 import torch
 
@@ -61,7 +62,7 @@ def _choices(config: RunConfig, options: LayerOptions, models: dict[str, tuple[A
     version = f" {probe('transformer_engine').version}" if options.kind == "te" else ""
     yield "layers", f"{_NAMES[options.kind]}{version} ({why}){_again(options)}"
     yield "norms", "fused into the projections behind them" if options.kind == "te" else "PyTorch's kernels"
-    yield "attention", "; ".join(f"{name}: {_attention(options, *model)}" for name, model in models.items())
+    yield "attention", "; ".join(f"{name}: {_attention(options, config.training.precision, *model)}" for name, model in models.items())
     yield "8-bit", "off" if options.fp8 is None else f"{options.fp8} scaling in the student's training; writing and scoring in {config.training.precision}"
     fused = next((name for name in ("transformer_engine", "apex") if probe(name).works), None)
     yield "Adam", "PyTorch's" if fused is None else f"fused, of {probe(fused)}"
@@ -69,8 +70,8 @@ def _choices(config: RunConfig, options: LayerOptions, models: dict[str, tuple[A
     yield "loss", "Triton kernels" if HAS_TRITON else "PyTorch's operations: triton is not installed, so more passes over a chunk's logits"
 
 
-def _attention(options: LayerOptions, architecture: Architecture, layout: ParallelLayout) -> str:
-    reason = own_attention_reason(architecture, layout)
+def _attention(options: LayerOptions, precision: Literal["bf16", "fp32"], architecture: Architecture, layout: ParallelLayout) -> str:
+    reason = own_attention_reason(architecture, layout, precision)
     if options.kind == "te" and reason is None:
         return "Transformer Engine's"
     ours = "ours in chunks" if architecture.attention_softcap is not None else "ours by PyTorch's kernels"

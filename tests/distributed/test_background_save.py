@@ -79,6 +79,7 @@ def test_training_goes_on_while_it_is_written(models: Path, pool: RankPool, tmp_
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_10", "step_12"]
 
 
+@pytest.mark.slow
 def test_one_is_written_at_a_time_and_old_ones_go(models: Path, pool: RankPool, tmp_path: Path) -> None:
     config = config_of(models, steps=5, every=1, keep=2, pipeline=2)
     ((_, seen), _) = pool.run(with_slow_disk, run_job, config, tmp_path / "run", world_size=2)

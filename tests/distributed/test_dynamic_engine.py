@@ -122,7 +122,9 @@ def _first_alone(folder: Path, layout: ParallelLayout) -> tuple[list[Response], 
     return _both(folder, layout, PROMPTS[:5], slots=2, whole_first_share=True)
 
 
-@pytest.mark.parametrize("layout", [{"expert": 2}, {"expert": 2, "pipeline": 2}, {"expert": 2, "expert_tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"expert": 2}, {"expert": 2, "pipeline": 2}, pytest.param({"expert": 2, "expert_tensor": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_replicas_that_have_nothing_to_write_lend_their_experts(folders: dict[str, Path], pool: RankPool, layout: dict[str, int]) -> None:
     outcomes = pool.run(_first_alone, folders["mixture"], ParallelLayout(**layout), world_size=4)
     written = _assert_equal(outcomes)
@@ -167,7 +169,7 @@ def _graphed(folder: Path, layout: ParallelLayout, slots: int) -> tuple[list[Res
     return _both(folder, layout, PROMPTS * 2, slots=slots, graphed=True)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 9, 17, 24])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3, 9, pytest.param(17, marks=pytest.mark.slow), 24])
 def test_steps_padded_to_the_sizes_of_graphs_write_the_same(folders: dict[str, Path], pool: RankPool, slots: int) -> None:
     _assert_equal(pool.run(_graphed, folders["dense"], ParallelLayout(tensor=2), slots, world_size=2))
 

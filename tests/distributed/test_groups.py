@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from opd_megatron.config import ParallelLayout
 from opd_megatron.parallel.groups import student_groups, teacher_groups
@@ -51,6 +53,21 @@ def _both(layout: ParallelLayout) -> tuple[dict[str, list[int]], dict[str, list[
     assert student.grid.rank_of(**dataclasses.asdict(student.cell)) == dist.get_rank()
     assert dist.get_group_rank(student.collection.dp_cp, dist.get_rank()) == student.writer
     return _members(student.collection), _members(teacher.collection), student.cell, megatron
+
+
+def _draw_without_a_student(layout: ParallelLayout) -> float:
+    """Return a number drawn as Megatron-Core draws a weight on a GPU, on a rank whose only model is a teacher."""
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    teacher_groups(layout)
+    with tracker.fork():
+        return float(torch.rand(()))
+
+
+def test_a_rank_of_the_teachers_own_can_draw_weights_as_a_gpu_does(pool: RankPool) -> None:
+    """Before a teacher's weights are read they are drawn, on a GPU through this tracker, apart on every tensor rank."""
+    drawn = pool.run(_draw_without_a_student, ParallelLayout(tensor=2))
+    assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.describe())

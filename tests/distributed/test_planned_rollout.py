@@ -5,7 +5,7 @@ Those of the static engine in the student's layout are in test_planned_memory.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,14 @@ COPIES = {
     "a mixture, EP2xPP2 writes as EP4": ({"expert": 2, "pipeline": 2}, {"expert": 4}),
     "a mixture, EP2xETP2 writes as TP2": ({"expert": 2, "expert_tensor": 2}, {"tensor": 2}),
 }
+SLOW = {"DP4 writes as TP2xPP2", "PP2xVPP2xDP2 writes as TP2xDP2", "a mixture, EP2xETP2 writes as TP2", "PP2", "DP2", "TP2, few pages"}
 
 
-@pytest.mark.parametrize("name", COPIES)
+def with_marks(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
+
+
+@pytest.mark.parametrize("name", with_marks(COPIES))
 def test_a_copy_holds_and_sends_what_was_planned(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     student, writing = COPIES[name]
     config = tiny_config(planned_models, ParallelLayout(**student), ParallelLayout(), world_size=4, mixture="mixture" in name)
@@ -132,7 +137,7 @@ PAGED = {
 }
 
 
-@pytest.mark.parametrize("name", PAGED)
+@pytest.mark.parametrize("name", with_marks(PAGED))
 def test_pages_hold_and_send_what_was_planned(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     layout, words, world_size = PAGED[name]
     config = tiny_config(planned_models, ParallelLayout(**layout), ParallelLayout(), world_size=world_size, precision="bf16")

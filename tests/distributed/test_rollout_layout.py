@@ -67,6 +67,7 @@ def test_text_and_weights_are_those_of_writing_in_place(models: Path, pool: Rank
     _assert_same_run(tmp_path / "in_place", tmp_path / "copied")
 
 
+@pytest.mark.slow
 def test_a_mixture_that_trains_as_ep2_writes_whole(models: Path, pool: RankPool, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "experts", "qwen3_moe", vocab_size=263, seed=3, scale=0.3)
     config = small_config(models, expert=2)

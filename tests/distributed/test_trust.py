@@ -44,12 +44,12 @@ def in_common(step: Path, proof: Path) -> None:
     torch.save({"optimizer": Evil(proof)}, step / "common.pt")
 
 
-def in_state_of_a_layer(step: Path, proof: Path) -> None:
-    """Put it where Megatron-Core keeps what is no tensor."""
+def in_place_of_a_weight(step: Path, proof: Path) -> None:
+    """Have the index lead to it: tensors are stored one by one, each as a pickle."""
     metadata = pickle.loads((step / ".metadata").read_bytes())
     torch.save(Evil(proof), step / "evil.distcp")
     for index, stored in metadata.storage_data.items():
-        if "_extra_state" in index.fqn:
+        if index.fqn == "decoder.final_layernorm.weight":
             metadata.storage_data[index] = dataclasses.replace(stored, relative_path="evil.distcp", offset=0, length=(step / "evil.distcp").stat().st_size)
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
 
@@ -58,7 +58,7 @@ PLACES: dict[str, Callable[[Path, Path], None]] = {
     "index": in_index,
     "beside the index": beside_the_index,
     "common state": in_common,
-    "state of a layer": in_state_of_a_layer,
+    "in place of a weight": in_place_of_a_weight,
 }
 
 

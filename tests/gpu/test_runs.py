@@ -135,7 +135,8 @@ def test_layers_of_transformer_engine_have_the_losses_of_the_local_ones(
     for layers, precision in kinds:
         seconds = statistics.median(step["train_seconds"] for step in metrics_of(tmp_path / f"{layers}-{precision}")[1:])
         record_property("speed", json.dumps({"name": f"tiny run with {layers} layers in {precision}, seconds to train a step", "value": seconds}))
-    for precision, bar in (("fp32", FP32_BAR), ("bf16", BF16_BAR)):
+    # Transformer Engine multiplies fp32 numbers in TF32, which has bf16's bar.
+    for precision, bar in (("fp32", BF16_BAR), ("bf16", BF16_BAR)):
         for key in ("loss", "grad_norm"):
             found = difference(tmp_path / f"te-{precision}", tmp_path / f"local-{precision}", key)
             figure(f"run with te against local layers, {key} in {precision}", found, bar)

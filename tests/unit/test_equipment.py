@@ -33,11 +33,11 @@ def test_a_cpu_needs_two_lines() -> None:
 def test_the_attention_of_each_model_is_named_with_its_reason() -> None:
     one, two = ParallelLayout(), ParallelLayout(context=2)
     windowed = dataclasses.replace(architecture_of("qwen3"), windows=(16, None))
-    assert _attention(TE, architecture_of("qwen3"), two) == "Transformer Engine's"
-    assert _attention(TE, windowed, one) == "Transformer Engine's"
-    assert _attention(TE, windowed, two) == "ours by PyTorch's kernels, as to Transformer Engine's: it has no windows over context ranks"
-    assert _attention(TE, architecture_of("gemma2"), one) == "ours in chunks, as to Transformer Engine's: it caps no scores"
-    assert _attention(LOCAL, architecture_of("llama"), one) == "ours by PyTorch's kernels"
+    assert _attention(TE, "bf16", architecture_of("qwen3"), two) == "Transformer Engine's"
+    assert _attention(TE, "bf16", windowed, one) == "Transformer Engine's"
+    assert _attention(TE, "bf16", windowed, two) == "ours by PyTorch's kernels, as to Transformer Engine's: it has no windows over context ranks"
+    assert _attention(TE, "bf16", architecture_of("gemma2"), one) == "ours in chunks, as to Transformer Engine's: it caps no scores"
+    assert _attention(LOCAL, "bf16", architecture_of("llama"), one) == "ours by PyTorch's kernels"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without the packages")

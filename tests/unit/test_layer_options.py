@@ -123,7 +123,8 @@ def test_our_attention_stays_where_transformer_engines_does_not_compute_a_model(
     family: str, windows: tuple[int | None, ...], context: int, reason: str | None
 ) -> None:
     architecture = dataclasses.replace(architecture_of(family), windows=windows)
-    assert own_attention_reason(architecture, ParallelLayout(context=context)) == reason
+    assert own_attention_reason(architecture, ParallelLayout(context=context), "bf16") == reason
+    assert own_attention_reason(architecture, ParallelLayout(context=context), "fp32") is not None
 
 
 EXPERTS = [7, 8]

@@ -34,7 +34,8 @@ WHOLE = {
     f"{TE}/common/__init__.py": "",
     f"{TE}/common/recipe.py": "Format = Float8CurrentScaling = object",
     f"{TE}/pytorch/__init__.py": "Linear = LayerNormLinear = GroupedLinear = DotProductAttention = RMSNorm = fp8_autocast = object",
-    f"{TE}/pytorch/optimizers.py": "FusedAdam = object",
+    f"{TE}/pytorch/fp8.py": "FP8GlobalStateManager = fp8_autocast = object",
+    f"{TE}/pytorch/optimizers.py": "FusedAdam = FusedSGD = multi_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = object",
 }
 
 
