@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
+
+from opd_megatron.parallel.megatron import makes_paged_caches
+
+needs_paged_caches = pytest.mark.skipif(not makes_paged_caches(), reason="needs megatron-core 0.16: newer versions make their paged cache in another way")
 
 
 def _attend(query_QAD: torch.Tensor, pages: tuple[torch.Tensor, torch.Tensor], block_ids: torch.Tensor, num_keys: int, scale: float) -> torch.Tensor:

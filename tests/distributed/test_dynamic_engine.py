@@ -21,9 +21,11 @@ from opd_megatron.rollout.dynamic import DynamicSampler
 from opd_megatron.rollout.engine import Response, Sampler
 from opd_megatron.rollout.rollouts import WriterPrompt, sample_rollouts
 from opd_megatron.rollout.sampling import SamplingSettings
-from tests.paged_attention import paged_attention_on_cpu
+from tests.paged_attention import needs_paged_caches, paged_attention_on_cpu
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
+
+pytestmark = needs_paged_caches
 
 EOS = tuple(range(3, 263, 8))
 BLOCK = 4

@@ -16,7 +16,7 @@ import torch
 from opd_megatron.config import ParallelLayout, RunConfig, apply_overrides
 from opd_megatron.parallel.layout import replica_share
 from tests.distributed.test_planned_messages import counted
-from tests.paged_attention import paged_attention_on_cpu
+from tests.paged_attention import needs_paged_caches, paged_attention_on_cpu
 from tests.planned import PUBLISHED, longest_rollouts, tiny_config
 from tests.pool import RankPool
 
@@ -137,6 +137,7 @@ PAGED = {
 }
 
 
+@needs_paged_caches
 @pytest.mark.parametrize("name", with_marks(PAGED))
 def test_pages_hold_and_send_what_was_planned(planned_models: Path, pool: RankPool, planner: Callable[..., Any], name: str) -> None:
     layout, words, world_size = PAGED[name]
