@@ -1,6 +1,7 @@
 """OPD-Megatron: on-policy distillation of language models on Megatron-Core."""
 
 import os
+import sys
 import warnings
 
 __version__ = "0.1.0"
@@ -33,7 +34,12 @@ def import_megatron() -> None:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     from opd_megatron.driver import hide_gpus_if_asked
 
-    hide_gpus_if_asked()
+    try:
+        hide_gpus_if_asked()
+    except ValueError as error:
+        # A mistake in the environment, whichever program this is.
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     import torch
 
     from opd_megatron.packages import hide_all, probe_all

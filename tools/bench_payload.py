@@ -45,6 +45,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if (problem := _problem_with(arguments)) is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     if "RANK" in os.environ:
         _measure(arguments)
         return 0
@@ -54,6 +57,18 @@ def main() -> int:
     result["environment"] = environment(["torch", "megatron-core"])
     print(json.dumps(result, indent=2)) if arguments.json else _show(result)
     return 0
+
+
+def _problem_with(arguments: argparse.Namespace) -> str | None:
+    """Return what is wrong with the options, if anything is."""
+    for name in ("sequences", "micro_batch", "prompt", "response", "layers", "repeats"):
+        if getattr(arguments, name) < 1:
+            return f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1"
+    if arguments.rounds < 2:
+        return f"--rounds {arguments.rounds} must be at least 2: one round is the other way that is measured"
+    if arguments.hidden < 128 or arguments.hidden % 128:
+        return f"--hidden {arguments.hidden} must be a positive multiple of 128"
+    return None
 
 
 def _write_model(folder: Path, arguments: argparse.Namespace) -> None:

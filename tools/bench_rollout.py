@@ -71,6 +71,9 @@ def _problem_with(options: argparse.Namespace) -> str | None:
             return f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1"
     if options.hidden % 128:
         return f"--hidden {options.hidden} must be a multiple of 128: heads have 64 dimensions, and two share their keys and values"
+    # The folder whose configuration is filled in names tokens among the first.
+    if options.vocab < 64:
+        return f"--vocab {options.vocab} must be at least 64"
     if not 0 <= options.ends < 1:
         return f"--ends {options.ends} must be in [0, 1)"
     return None

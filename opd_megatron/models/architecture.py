@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_megatron.config import ParallelLayout, fp8_multiple
@@ -143,3 +144,8 @@ class Architecture:
                 f"{role}.layout.tensor={layout.tensor} trains a mixture of experts only under sequence parallelism: every tensor rank would send the same "
                 f"tokens to the experts; set {role}.layout.sequence=true, or tensor=1"
             )
+
+
+def parts_of(modules: Sequence[str], *, has_experts: bool) -> list[str]:
+    """Return those modules that a model has; Megatron-Core refuses to be asked for parts of experts that are not there."""
+    return [module for module in modules if has_experts or module not in ("moe", "moe_act")]

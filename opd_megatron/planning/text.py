@@ -15,10 +15,17 @@ NOTE = "planned, not measured: every prompt and response at its limit; CUDA cont
 _REPLICAS_SHOWN = 8
 
 
+def _notes(plan: Plan) -> list[str]:
+    """Return what the numbers stand for."""
+    training = plan.config.training
+    unplanned = [f"training.{key}={value}" for key, value in (("layers", training.layers), ("fp8", training.fp8)) if value in ("te", training.fp8) and value]
+    return [NOTE, *([f"planned for local layers in {training.precision}: what {' and '.join(unplanned)} keep instead is not counted"] if unplanned else [])]
+
+
 def as_text(plan: Plan, gpu_memory_bytes: int, gpus_per_node: int) -> str:
     """Return the plan: what divides what, both layouts, memory of the first, middle, last and largest rank, their messages."""
     blocks = [
-        [NOTE],
+        _notes(plan),
         [line for model in plan.models for line in _model(plan, model, gpus_per_node)] + [_batch(plan)],
         [line for model in plan.models for line in _picture(model)],
         list(_memory(plan, gpu_memory_bytes)),
@@ -31,7 +38,7 @@ def as_text(plan: Plan, gpu_memory_bytes: int, gpus_per_node: int) -> str:
 def as_json(plan: Plan, gpu_memory_bytes: int) -> dict[str, Any]:
     """Return everything the text says, and every planned rank, as plain JSON values."""
     return {
-        "note": NOTE,
+        "note": " ".join(_notes(plan)),
         "world_size": plan.config.world_size,
         "gpu_memory_bytes": gpu_memory_bytes,
         "fits": plan.largest.total_bytes <= gpu_memory_bytes,

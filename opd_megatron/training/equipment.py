@@ -13,7 +13,7 @@ import torch
 
 from opd_megatron.config import ParallelLayout, RunConfig
 from opd_megatron.losses.triton_divergence import HAS_TRITON
-from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.architecture import Architecture, parts_of
 from opd_megatron.models.layer_options import LayerOptions, layers_here, own_attention_reason
 from opd_megatron.packages import probe, probe_all
 from opd_megatron.parallel.world import agreed_by_rank_0, shared_errors
@@ -47,7 +47,7 @@ def describe_equipment(config: RunConfig, student: Architecture, teacher: Archit
     options = layers_here(config.training)
     versions = f"torch {torch.__version__}, megatron-core {version('megatron-core')}"
     if not torch.cuda.is_available():
-        return f"equipment: CPU, {versions}\n" + _line("layers", f"{_NAMES[options.kind]}{_again(options)}; attention, Adam and loss are PyTorch's")
+        return f"equipment: CPU, {versions}\n" + _line("layers", f"{_NAMES[options.kind]}{_again(options, student)}; attention, Adam and loss are PyTorch's")
     device = torch.cuda.get_device_name()
     models = {"student": (student, config.student.layout)}
     if teacher is not None and config.scoring_teacher is not None:
@@ -60,7 +60,7 @@ def describe_equipment(config: RunConfig, student: Architecture, teacher: Archit
 def _choices(config: RunConfig, options: LayerOptions, models: dict[str, tuple[Architecture, ParallelLayout]]) -> Iterator[tuple[str, str]]:
     why = f"training.layers={config.training.layers}"
     version = f" {probe('transformer_engine').version}" if options.kind == "te" else ""
-    yield "layers", f"{_NAMES[options.kind]}{version} ({why}){_again(options)}"
+    yield "layers", f"{_NAMES[options.kind]}{version} ({why}){_again(options, models['student'][0])}"
     yield "norms", "fused into the projections behind them" if options.kind == "te" else "PyTorch's kernels"
     yield "attention", "; ".join(f"{name}: {_attention(options, config.training.precision, *model)}" for name, model in models.items())
     yield "8-bit", "off" if options.fp8 is None else f"{options.fp8} scaling in the student's training; writing and scoring in {config.training.precision}"
@@ -78,10 +78,9 @@ def _attention(options: LayerOptions, precision: Literal["bf16", "fp32"], archit
     return ours if options.kind == "local" else f"{ours}, as to Transformer Engine's: {reason}"
 
 
-def _again(options: LayerOptions) -> str:
-    return {"none": "", "full": ", computed again in the backward", "selective": f", of which {' and '.join(options.recompute_modules)} again in the backward"}[
-        options.recompute
-    ]
+def _again(options: LayerOptions, student: Architecture) -> str:
+    modules = parts_of(options.recompute_modules, has_experts=student.experts is not None)
+    return {"none": "", "full": ", computed again in the backward", "selective": f", of which {' and '.join(modules)} again in the backward"}[options.recompute]
 
 
 def _missing(options: LayerOptions) -> list[str]:

@@ -25,6 +25,7 @@ from opd_megatron.planning.remedies import Catalogue, shortfall
 from opd_megatron.planning.text import GIB
 from opd_megatron.reporting.cause import out_of_memory
 from opd_megatron.training.layouts import check_layouts
+from opd_megatron.training.preflight import check_engine, check_recomputation
 
 
 def make_catalogue(published: Sequence[Path], recipes: Mapping[str, Callable[[], RunConfig]]) -> Catalogue:
@@ -33,11 +34,13 @@ def make_catalogue(published: Sequence[Path], recipes: Mapping[str, Callable[[],
 
 
 def refuse_layouts(config: RunConfig, published: Sequence[Path]) -> None:
-    """Raise ValueError, with the nearest layouts that do, where a run would refuse those of `config`."""
+    """Raise ValueError where a run would refuse the layouts of `config`, with the nearest that it takes, its engine, or what it computes again."""
     student = find_model("student", config.student, published).architecture
     settings = config.teacher_source
     teacher = find_model("teacher", settings, published).architecture if settings is not None else None
     check_layouts(config, config.world_size, student, teacher)
+    check_engine(config, student)
+    check_recomputation(config.training, student)
 
 
 def free_memory_message(

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from opd_megatron.config import RunConfig, StudentConfig, TeacherConfig, TrackingConfig
+from opd_megatron.config import RunConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainingConfig
 from opd_megatron.config.tracking import refuse_secrets
 from opd_megatron.data.sources import check_source
 from opd_megatron.data.templates import check_templates
 from opd_megatron.models.allocation import check_modules
-from opd_megatron.models.architecture import Architecture
+from opd_megatron.models.architecture import Architecture, parts_of
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 from opd_megatron.models.limits import check_length
 from opd_megatron.models.paging import check_budget, model_block_bytes, why_not_paged
@@ -74,7 +74,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_replay(RunDirectory(config.rollout.replay), config.training.steps)
     student = _open_model("student", config.student)
     check_length(config, "student", student)
-    _check_engine(config, student)
+    check_engine(config, student)
+    check_recomputation(config.training, student)
     check_modules(config.modules, config.effopd.modules if config.effopd.enabled else None, student)
     if config.loss.top_k is not None and config.loss.top_k > student.vocab_size:
         raise ValueError(f"loss.top_k={config.loss.top_k} exceeds the student's vocabulary of {student.vocab_size}; lower it, or use a kind without top-k")
@@ -93,7 +94,7 @@ def _check_replay(run: RunDirectory, steps: int) -> None:
             raise ValueError(f"rollout.replay={str(run.path)!r} has no record of step {step}: {file} is missing; record with rollout.record=true")
 
 
-def _check_engine(config: RunConfig, student: Architecture) -> None:
+def check_engine(config: RunConfig, student: Architecture) -> None:
     """Raise ValueError where the dynamic engine is asked for and cannot write with the student, or not with these pages."""
     rollout, layout = config.rollout, config.writing_layout
     problem = why_not_paged(student, layout, config.training.precision)
@@ -111,6 +112,13 @@ def _check_engine(config: RunConfig, student: Architecture) -> None:
         )
     if student.experts is not None:
         raise ValueError("rollout.cuda_graphs=true cannot record a mixture of experts, whose messages depend on where tokens go; set it to false")
+
+
+def check_recomputation(training: TrainingConfig, student: Architecture) -> None:
+    """Raise ValueError where the modules that are to be computed again are none of the student's."""
+    modules = training.recomputed_modules
+    if modules and not parts_of(modules, has_experts=student.experts is not None):
+        raise ValueError(f"training.recompute_modules={','.join(modules)} are parts of experts, and the student has none; add mlp or core_attn")
 
 
 def _check_trackers(tracking: TrackingConfig) -> None:

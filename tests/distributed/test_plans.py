@@ -197,6 +197,19 @@ def test_a_mixture_is_refused_where_it_cannot_train(planned_models: Path) -> Non
 # --- the command line --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("gemma2_2b_from_phi4_mini_8gpu_h100_simct", ["rollout.engine=dynamic"], "rollout.engine=dynamic cannot write with the student"),
+        ("qwen3_1p7b_from_8b_8gpu_h100", ["training.recompute=selective", "training.recompute_modules=moe"], "are parts of experts, and the student has none"),
+    ],
+)
+def test_what_a_run_would_refuse_is_not_planned(name: str, words: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, "tools/plan.py", name, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
 def test_the_tool_prints_one_json_object_for_programs() -> None:
     done = subprocess.run([sys.executable, "tools/plan.py", "quickstart", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

@@ -27,7 +27,7 @@ def test_a_cpu_needs_two_lines() -> None:
     assert first.startswith(f"equipment: CPU, torch {torch.__version__}, megatron-core ")
     assert "Megatron-Core's local ones" in second
     again = apply_overrides(config, ["training.recompute=selective"])
-    assert "of which mlp and moe again in the backward" in describe_equipment(again, architecture, None)
+    assert "of which mlp again in the backward" in describe_equipment(again, architecture, None)
 
 
 def test_the_attention_of_each_model_is_named_with_its_reason() -> None:
