@@ -6,6 +6,7 @@ It is the run's own step (`Trainer.step`), with models of the architectures that
 prompt has P tokens and every response R: nothing ends a response early. Phases are those of metrics.jsonl: `teacher` holds the scores and their way to the
 student. The peak of memory stands beside what tools/plan.py says of the same configuration.
 On a GPU memory is what torch has allocated; on a CPU the growth of the process, which is more. With --json the last line is one JSON object.
+What a run would refuse, as more tokens than a model has positions or a GPU has room for, ends with exit code 2 and its reason in one line.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from bench_common import environment
 import opd_megatron
 from opd_megatron.config import RunConfig, apply_overrides
 from opd_megatron.driver import check_before_torch, check_usable
-from recipes.run import find_recipe
+from recipes.run import EXIT_MISTAKE, all_recipes, find_recipe
 
 if TYPE_CHECKING:
     from opd_megatron.training.setup import Sources
@@ -52,7 +54,7 @@ def main() -> int:
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return EXIT_MISTAKE
     return _launch(arguments, changes)
 
 
@@ -84,19 +86,28 @@ def refuse_text(name: str, config: RunConfig) -> None:
 
 
 def _launch(arguments: argparse.Namespace, changes: Sequence[str]) -> int:
-    """Start the ranks, and add to what they measured what the planner says; return the exit code of torchrun."""
+    """Start the ranks, and add to what they measured what the planner says; return the exit code of torchrun, or 2 after a mistake, which is told in a line."""
     with tempfile.TemporaryDirectory(prefix="opd-bench-step-") as folder:
         result = Path(folder) / "result.json"
+        mistake = _mistake_file(result)
         ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.nproc_per_node), __file__, arguments.name]
         words = [*arguments.overrides, "--steps", arguments.steps, "--warmup", arguments.warmup, "--result", result]
         for option, value in (("--prompt-tokens", arguments.prompt_tokens), ("--response-tokens", arguments.response_tokens)):
             words += [option, value] if value is not None else []
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         defaults = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-        code = subprocess.run([*ranks, *map(str, words)], env=defaults, cwd=_ROOT, stdout=sys.stderr).returncode
-        if code:
-            # torchrun makes each exit code but 0 a 1; a mistake leaves its kind.
-            return int(result.with_suffix(".code").read_text()) if result.with_suffix(".code").is_file() else code
+        command = [*ranks, *map(str, words)]
+        with subprocess.Popen(command, env=defaults, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                # torchrun answers a mistake with a traceback of its own, and peers that lost a rank with theirs; by then the reason is in its file.
+                if not mistake.is_file():
+                    print(line, end="", file=sys.stderr, flush=True)
+        if process.returncode and mistake.is_file():
+            print(f"error: {mistake.read_text()}", file=sys.stderr, flush=True)
+            return EXIT_MISTAKE
+        if process.returncode:
+            return process.returncode
         record = json.loads(result.read_text())
     record["memory"]["planned_bytes"] = _planned_bytes(arguments.name, changes)
     _print(record, as_json=arguments.json)
@@ -112,20 +123,27 @@ def _planned_bytes(name: str, changes: Sequence[str]) -> int | None:
     return max(rank["total_bytes"] for rank in json.loads(printed[0])["ranks"]) if printed else None
 
 
+def _mistake_file(result: Path) -> Path:
+    return result.with_suffix(".mistake")
+
+
 def _measure(arguments: argparse.Namespace, changes: Sequence[str], config: RunConfig) -> int:
-    """Take part in the job as one of its ranks; the first leaves the record."""
+    """Take part in the job as one of its ranks; the first leaves the record. A ValueError on any of them ends this process with 2."""
     opd_megatron.import_megatron()
     from opd_megatron.parallel.world import describe_device, join_world, leave_world
 
     try:
         check_usable(config.training.precision)
         sources = random_sources(config)
-    except ValueError:
-        if arguments.result is not None:
-            arguments.result.with_suffix(".code").write_text("2")
-        raise
-    device = join_world()
-    record = run_steps(config, sources, device, warmup=arguments.warmup)
+        device = join_world()
+        refuse_too_large(config, sources, device)
+        record = run_steps(config, sources, device, warmup=arguments.warmup)
+    except ValueError as error:
+        _leave_mistake(error, arguments.result)
+        # Peers may be gone: an orderly shutdown of the process groups would wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_MISTAKE)
     if record is not None and os.environ["RANK"] == "0":
         record = {
             "recipe": arguments.name,
@@ -142,9 +160,39 @@ def _measure(arguments: argparse.Namespace, changes: Sequence[str], config: RunC
     return 0
 
 
+def _leave_mistake(error: ValueError, result: Path | None) -> None:
+    """Tell the message once: to the process that started the ranks, or where torchrun did, to the user. Rank 0 goes first, as all mostly find the same."""
+    rank = os.environ["RANK"]
+    if rank != "0":
+        time.sleep(1)
+    if result is None:
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return
+    mistake = _mistake_file(result)
+    if rank == "0" or not mistake.is_file():
+        # The starter looks while this is written.
+        own = mistake.with_suffix(f".{rank}")
+        own.write_text(str(error))
+        own.replace(mistake)
+
+
+def refuse_too_large(config: RunConfig, sources: Sources, device: Any) -> None:
+    """Raise ValueError, on every rank, where a run would: if one of them is planned to need more than its GPU has free."""
+    from opd_megatron.planning.architectures import KnownModel
+    from opd_megatron.training.free_memory import check_free_memory, free_gpu_bytes, make_catalogue
+
+    if device.type != "cuda" or not config.training.check_memory:
+        return
+    assert sources.teacher is not None
+    student, teacher = (KnownModel(source.architecture, source.assets) for source in (sources.student, sources.teacher))
+    check_free_memory(config, student, teacher, free_gpu_bytes(device), make_catalogue(PUBLISHED, all_recipes()), lambda _text: None)
+
+
 def random_sources(config: RunConfig) -> Sources:
     """Return models of random weights, a vocabulary without an end, and prompts of the longest length, the same on every rank; ValueError if there are none."""
     from opd_megatron.data.prompts import Prompt, PromptSet
+    from opd_megatron.models.limits import check_length
     from opd_megatron.models.random_weights import RandomWeights
     from opd_megatron.planning.architectures import know_model
     from opd_megatron.training.layouts import check_layouts
@@ -153,6 +201,8 @@ def random_sources(config: RunConfig) -> Sources:
     assert config.teacher_source is not None
     models = {role: know_model(role, settings, PUBLISHED) for role, settings in (("student", config.student), ("teacher", config.teacher_source))}
     check_layouts(config, config.world_size, models["student"].architecture, models["teacher"].architecture)
+    for role, model in models.items():
+        check_length(config, role, model.architecture)
     student, teacher = (RandomWeights(architecture=model.architecture, assets=model.source) for model in models.values())
     vocab_size = min(student.architecture.vocab_size, teacher.architecture.vocab_size)
     text = Text(tokenizer=None, vocab_size=vocab_size, eos_ids=())

@@ -1,8 +1,9 @@
 """Check a GPU node by one command, in less than ten minutes: `make gpu-check`, or `python tools/gpu_check.py`.
 
 It runs tests/gpu, a shortened quickstart, the benchmarks of loss, step and rollouts, and a step with either kind of layers, each in processes of its own and
-with a time limit, and writes one report as Markdown and JSON: recipes/results/gpu_check_<gpu>.md and .json. After a step that fails the others still run.
-Exit code 0 if none failed, 1 if one did, 2 where no GPU can be used, with the reason. Bars for speed are shown and fail nothing.
+with a time limit, and writes one report as Markdown and JSON: recipes/results/gpu_check_<gpu>.md and .json, with
+--only gpu_check_<gpu>_partial.md and .json. After a step that fails the others still run.
+Exit code 0 if none failed, 1 if one did or none ran, 2 where no GPU can be used or no report written, with the reason. Bars for speed fail nothing.
 `--device cpu --out DIR` puts the CPU in the GPU's place, with tiny sizes, to test the check itself; its report says so.
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -30,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A container brings its own torch, and nothing of this project is installed in it.
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
 
-from gpu_report import Figure, Outcome, hardware, names_of, write_report  # noqa: E402
+from gpu_report import Figure, Outcome, hardware, has_passed, names_of, write_report  # noqa: E402
 
 from opd_megatron import driver  # noqa: E402
 
@@ -64,28 +66,47 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     started = time.monotonic()
-    facts = hardware(arguments.device)
+    facts, out = hardware(arguments.device), arguments.out or RESULTS
     with tempfile.TemporaryDirectory(prefix="opd-gpu-check-") as folder:
         planned = all_steps(arguments.device, facts["gpu_memory_gib"], Path(folder))
-        unknown = set(arguments.only) - {step.name for step in planned}
-        if unknown:
-            print(f"error: --only {' '.join(sorted(unknown))}: there are {', '.join(step.name for step in planned)}", file=sys.stderr)
+        try:
+            _check_names(arguments.only, planned)
+            _check_folder(out)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 2
+        left_out = [step.name for step in planned if arguments.only and step.name not in arguments.only]
         outcomes = []
         for step in planned:
-            if arguments.only and step.name not in arguments.only:
+            if step.name in left_out:
                 step = dataclasses.replace(step, skip="left out by --only")
             outcomes.append(run_step(step, arguments.device, started + arguments.budget_seconds - time.monotonic()))
             print(f"{outcomes[-1].status:<8}{outcomes[-1].seconds:6.0f} s  {step.name}  {outcomes[-1].reason}", flush=True)
-    files = write_report(arguments.out or RESULTS, facts, outcomes, seconds=time.monotonic() - started, device=arguments.device)
+    files = write_report(out, facts, outcomes, seconds=time.monotonic() - started, device=arguments.device, left_out=left_out)
     print("report  " + "\nreport  ".join(map(str, files)))
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+    return int(not has_passed(outcomes))
+
+
+def _check_names(only: Sequence[str], planned: Sequence[Step]) -> None:
+    """Raise ValueError for steps that there are not."""
+    if unknown := set(only) - {step.name for step in planned}:
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(step.name for step in planned)}")
+
+
+def _check_folder(out: Path) -> None:
+    """Make the folder of the report; raise ValueError where it cannot be made or written into, before ten minutes are spent."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"no report can be written into {out}: {error.strerror}; name another folder by --out DIR") from None
 
 
 def _check_device(arguments: argparse.Namespace) -> None:
     """Raise ValueError where there is no GPU to check, with torch's build and the driver."""
-    if arguments.budget_seconds <= 0:
-        raise ValueError(f"--budget-seconds {arguments.budget_seconds} must be positive")
+    if not 0 < arguments.budget_seconds < math.inf:
+        raise ValueError(f"--budget-seconds {arguments.budget_seconds} must be positive and finite")
     if arguments.device == "cpu":
         if arguments.out is None or arguments.out.resolve() == RESULTS:
             raise ValueError(f"--device cpu needs another --out DIR: {RESULTS.relative_to(ROOT)} is for what GPUs did")
@@ -155,7 +176,7 @@ def all_steps(device: str, gpu_memory_gib: float, folder: Path) -> list[Step]:
             command=(python, "tools/bench_rollout.py", "--json", *writing),
             limit_seconds=60,
             skip=None if (ROOT / "tools" / "bench_rollout.py").is_file() else "tools/bench_rollout.py is not there",
-            read=lambda stdout: ([], json.loads(stdout.splitlines()[-1])),
+            read=read_rollouts,
         ),
     ]
 
@@ -301,6 +322,20 @@ def read_step(stdout: str) -> tuple[list[Figure], Any]:
     figures += [Figure(name=f"step {title}, {name}", value=value) for name, value in record["rates"].items()]
     figures.append(Figure(name=f"step {title}, GiB measured", value=peak / 2**30))
     return figures + ([Figure(name=f"step {title}, GiB planned", value=planned / 2**30)] if planned is not None else []), record
+
+
+def read_rollouts(stdout: str) -> tuple[list[Figure], Any]:
+    """Return each engine's rate, beside transformers' and with how much of the text differs, of what tools/bench_rollout.py printed."""
+    record = json.loads(stdout.splitlines()[-1])
+    figures = []
+    for engine, row in record["rows"].items():
+        figures.append(Figure(name=f"rollout {engine}, tokens per second", value=row["tokens_per_second"]))
+        if engine != "transformers":
+            figures.append(Figure(name=f"rollout {engine}, ratio to transformers", value=row["ratio_to_transformers"]))
+            # Rounded, so that 0.99 of equal positions is not above the bar by the last bit.
+            differing = round(1 - row["equal_positions"], 9)
+            figures.append(Figure(name=f"rollout {engine}, share of positions that differ from transformers", value=differing, bar=0.01))
+    return figures, {**record, "skipped": [f"rollout {engine}: {why}" for engine, why in record["missing"].items()]}
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -75,15 +75,27 @@ def names_of(parameters: Mapping[str, int]) -> str:
     return f"{student} from {teacher}"
 
 
-def write_report(folder: Path, facts: Mapping[str, Any], outcomes: Sequence[Outcome], *, seconds: float, device: str) -> list[Path]:
-    """Write gpu_check_<gpu>.md and .json, and return them. An earlier one of the same GPU is replaced."""
+def has_passed(outcomes: Sequence[Outcome]) -> bool:
+    """Return whether something ran, and nothing failed."""
+    statuses = {outcome.status for outcome in outcomes}
+    return "passed" in statuses and "failed" not in statuses
+
+
+def write_report(
+    folder: Path, facts: Mapping[str, Any], outcomes: Sequence[Outcome], *, seconds: float, device: str, left_out: Sequence[str] = ()
+) -> list[Path]:
+    """Write gpu_check_<gpu>.md and .json, and return them. An earlier one of the same GPU is replaced.
+
+    If the user left out steps, the names end in `_partial`: such a report never replaces a whole one.
+    """
     name = facts["gpus"][0]["name"] if facts["gpus"] else "cpu"
-    stem = f"gpu_check_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}"
+    stem = f"gpu_check_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}{'_partial' if left_out else ''}"
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "device": device,
         "is_gpu": device == "cuda",
-        "passed": not any(outcome.status == "failed" for outcome in outcomes),
+        "passed": has_passed(outcomes),
+        "left_out": list(left_out),
         "made_utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "seconds": seconds,
         "hardware": facts,
@@ -98,10 +110,13 @@ def write_report(folder: Path, facts: Mapping[str, Any], outcomes: Sequence[Outc
 def _lines(record: Mapping[str, Any], outcomes: Sequence[Outcome]) -> Iterator[str]:
     facts = record["hardware"]
     gpus = ", ".join(f"{gpu['name']} ({gpu['gib']:.0f} GiB, {gpu['capability']})" for gpu in facts["gpus"]) or "none"
-    yield f"# GPU check: {facts['gpus'][0]['name'] if facts['gpus'] else facts['cpu']}\n"
+    partial = f" (partial: without {', '.join(record['left_out'])})" if record["left_out"] else ""
+    yield f"# GPU check: {facts['gpus'][0]['name'] if facts['gpus'] else facts['cpu']}{partial}\n"
     if not record["is_gpu"]:
         yield f"{_IN_ITS_PLACE}\n"
-    yield f"{'Passed' if record['passed'] else '**Failed**'} in {record['seconds']:.0f} s, {record['made_utc']} UTC, by `python tools/gpu_check.py`.\n"
+    has_run = any(outcome.status != "skipped" for outcome in outcomes)
+    result = "Passed" if record["passed"] else "**Failed**" if has_run else "**Nothing ran**"
+    yield f"{result} in {record['seconds']:.0f} s, {record['made_utc']} UTC, by `python tools/gpu_check.py`.\n"
     yield "| | |\n|---|---|"
     yield f"| GPUs | {gpus} |"
     yield f"| driver, CUDA, NCCL | {facts['driver']}, {facts['cuda']}, {facts['nccl']} |"

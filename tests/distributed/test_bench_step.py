@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from opd_megatron.config import apply_overrides
 from opd_megatron.models.hf_folder import read_architecture
 from opd_megatron.models.random_weights import RandomWeights
 from opd_megatron.models.weight_map import weight_map
+from recipes.run import find_recipe
+from tests.pool import RankPool
 from tests.programs import ROOT, run_program
 
 SIZES = ("--steps", "1", "--warmup", "1", "--prompt-tokens", "12", "--response-tokens", "5")
@@ -68,13 +71,46 @@ def test_the_plan_beside_it_is_that_of_the_same_configuration(measured: dict[str
         (("quickstart", "--steps", "0"), "--steps 0 must be at least 1"),
         (("quickstart", *ONE_RANK, "student.hf=models/NoSuchModel"), "no architecture of that name is"),
         (("quickstart", "--nproc-per-node", "3"), "world_size=3 is not a multiple"),
+        (("quickstart", *ONE_RANK, "--prompt-tokens", "1000000"), "exceeds the student's"),
+        (("quickstart", *SIZES, *ONE_RANK, "training.layers=te"), "training.layers=te needs"),
+        (("quickstart", *SIZES, *ONE_RANK, "rollout.engine=dynamic"), "rollout.engine=dynamic cannot"),
+        (("quickstart", *SIZES, *ONE_RANK, "student.hf=/nowhere"), "/nowhere"),
+        (
+            ("quickstart", *SIZES, *ONE_RANK, "teacher.placement=dedicated", "teacher.num_ranks=1", "--nproc-per-node", "2", "training.layers=te"),
+            "training.layers=te needs",
+        ),
     ],
-    ids=["privileged", "alignment", "sft", "steps", "model", "layout"],
+    ids=["privileged", "alignment", "sft", "steps", "model", "layout", "positions", "layers", "engine", "folder", "two-ranks"],
 )
 def test_what_cannot_be_measured_is_the_users_mistake(words: tuple[str, ...], says: str) -> None:
     refused = bench(*words)
     assert refused.returncode == 2, refused.stderr
     assert says in refused.stderr
+    # Nothing of torchrun's, and the reason once.
+    assert [line.startswith("error: ") for line in refused.stderr.splitlines()] == [True], refused.stderr
+
+
+def _refused(free_bytes: int) -> str | None:
+    from opd_megatron.training import free_memory
+
+    config = apply_overrides(find_recipe("quickstart")(), [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        from tools import bench_step
+
+        patch.setattr(free_memory, "free_gpu_bytes", lambda _device: free_bytes)
+        try:
+            bench_step.refuse_too_large(config, bench_step.random_sources(config), torch.device("cuda"))
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def test_more_than_a_gpu_has_free_is_refused_as_in_a_run(pool: RankPool) -> None:
+    assert pool.run(_refused, 1 << 40) == [None] * 4
+    for message in pool.run(_refused, 1 << 16):
+        assert message is not None
+        assert "too little GPU memory: rank " in message
 
 
 def test_random_weights_are_those_of_an_architecture_and_no_two_rows_are_equal() -> None:

@@ -17,7 +17,7 @@ import pytest
 from opd_megatron import driver
 from tests.programs import ROOT
 from tools import gpu_check
-from tools.gpu_check import Figure, Outcome, Step, read_tests, run_step, write_report
+from tools.gpu_check import Figure, Outcome, Step, has_passed, read_tests, run_step, write_report
 
 FACTS = {
     "gpus": [{"name": "NVIDIA H100 80GB HBM3", "gib": 79.1, "capability": "9.0"}],
@@ -67,7 +67,9 @@ def test_hidden_gpus_are_not_checked_on_the_cpu_in_silence() -> None:
     [
         (("--device", "cpu"), "--device cpu needs another --out DIR: recipes/results is for what GPUs did"),
         (("--device", "cpu", "--out", "recipes/results"), "--device cpu needs another --out DIR: recipes/results is for what GPUs did"),
-        (("--budget-seconds", "0"), "--budget-seconds 0.0 must be positive"),
+        (("--budget-seconds", "0"), "--budget-seconds 0.0 must be positive and finite"),
+        (("--budget-seconds", "nan"), "--budget-seconds nan must be positive and finite"),
+        (("--budget-seconds", "inf"), "--budget-seconds inf must be positive and finite"),
         (("--device", "cpu", "--out", "OUT", "--only", "los"), "--only los: there are tests, quickstart, loss, step-local, step-te, step-large, rollout"),
     ],
 )
@@ -77,16 +79,27 @@ def test_what_cannot_be_checked_is_the_users_mistake(tmp_path: Path, words: tupl
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("below", "reason"), [("", "File exists"), ("deeper", "Not a directory")])
+def test_a_folder_that_cannot_be_had_is_told_before_a_step_runs(tmp_path: Path, below: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / below
+    done = check("--device", "cpu", "--out", str(out), "--only", "loss")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: no report can be written into {out}: {reason}; name another folder by --out DIR\n"
+
+
 def test_a_check_on_the_cpu_leaves_a_report_that_says_so(tmp_path: Path) -> None:
     done = check("--device", "cpu", "--out", str(tmp_path), "--only", "loss")
     assert done.returncode == 0, done.stdout + done.stderr
-    text, record = (tmp_path / "gpu_check_cpu.md").read_text(), json.loads((tmp_path / "gpu_check_cpu.json").read_text())
+    text, record = (tmp_path / "gpu_check_cpu_partial.md").read_text(), json.loads((tmp_path / "gpu_check_cpu_partial.json").read_text())
     assert "**CPU in the GPU's place**" in text
     assert (record["is_gpu"], record["passed"]) == (False, True)
     assert [step["status"] for step in record["steps"]] == ["skipped"] * 2 + ["passed"] + ["skipped"] * 4
     (loss,) = (step for step in record["steps"] if step["name"] == "loss")
     assert [figure["bar"] for figure in loss["figures"] if "gradients" in figure["name"]] == [1e-5, 1e-5]
     assert "left out by --only" in text
+    assert text.splitlines()[0].endswith("(partial: without tests, quickstart, step-local, step-te, step-large, rollout)")
+    assert not (tmp_path / "gpu_check_cpu.md").exists(), "a partial report replaces no whole one"
 
 
 def test_a_step_that_fails_says_how_and_what_it_printed() -> None:
@@ -170,8 +183,37 @@ def test_the_report_holds_every_figure_and_every_reason(tmp_path: Path) -> None:
     assert json.loads(as_json.read_text())["passed"] is False
 
 
+def test_a_check_in_which_nothing_ran_has_not_passed(tmp_path: Path) -> None:
+    outcomes = [Outcome(name=name, status="skipped", reason="not there", what="something", command="python x") for name in ("tests", "loss")]
+    assert not has_passed(outcomes)
+    markdown, as_json = write_report(tmp_path, FACTS, outcomes, seconds=1.0, device="cuda")
+    assert "**Nothing ran** in 1 s" in markdown.read_text()
+    assert "Passed" not in markdown.read_text()
+    assert json.loads(as_json.read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(("equal", "status"), [(0.99, "passed"), (0.989, "failed"), (float("nan"), "failed")])
+def test_rates_of_rollouts_and_engines_that_are_missing_stand_in_the_report(tmp_path: Path, equal: float, status: str) -> None:
+    rows = {
+        "transformers": {"tokens": 9, "tokens_per_second": 50.0, "ratio_to_transformers": 1.0, "equal_positions": 1.0},
+        "static": {"tokens": 9, "tokens_per_second": 150.0, "ratio_to_transformers": 3.0, "equal_positions": equal},
+    }
+    printed = json.dumps({"rows": rows, "missing": {"dynamic": "needs a GPU"}})
+    outcome = run_step(python(f"print({printed!r})", read=gpu_check.read_rollouts), "cpu", 100)
+    assert outcome.status == status, outcome.reason
+    text = write_report(tmp_path, FACTS, [outcome], seconds=1.0, device="cuda")[0].read_text()
+    for line in (
+        "| rollout transformers, tokens per second | 50 |  |",
+        "| rollout static, tokens per second | 150 |  |",
+        "| rollout static, ratio to transformers | 3 |  |",
+        "- rollout dynamic: needs a GPU",
+    ):
+        assert line in text, line
+
+
 def test_the_readme_says_that_no_gpu_has_run_this_exactly_as_long_as_there_is_no_result() -> None:
-    reports = [json.loads(file.read_text()) for file in sorted(gpu_check.RESULTS.glob("gpu_check_*.json"))]
+    files = sorted(gpu_check.RESULTS.glob("gpu_check_*.json"))
+    reports = [json.loads(file.read_text()) for file in files if not file.stem.endswith("_partial")]
     assert all(report["is_gpu"] for report in reports), "results are of GPUs"
     for readme in (ROOT / "README.md", ROOT / "tools" / "README.md"):
         assert ("not yet run on a GPU" in readme.read_text()) == (not reports), readme
