@@ -192,13 +192,15 @@ def test_a_check_in_which_nothing_ran_has_not_passed(tmp_path: Path) -> None:
     assert json.loads(as_json.read_text())["passed"] is False
 
 
-@pytest.mark.parametrize(("equal", "status"), [(0.99, "passed"), (0.989, "failed"), (float("nan"), "failed")])
-def test_rates_of_rollouts_and_engines_that_are_missing_stand_in_the_report(tmp_path: Path, equal: float, status: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "equal", "status"), [("fp32", 0.99, "passed"), ("fp32", 0.989, "failed"), ("fp32", float("nan"), "failed"), ("bf16", 0.5, "passed")]
+)
+def test_rates_of_rollouts_and_engines_that_are_missing_stand_in_the_report(tmp_path: Path, precision: str, equal: float, status: str) -> None:
     rows = {
         "transformers": {"tokens": 9, "tokens_per_second": 50.0, "ratio_to_transformers": 1.0, "equal_positions": 1.0},
         "static": {"tokens": 9, "tokens_per_second": 150.0, "ratio_to_transformers": 3.0, "equal_positions": equal},
     }
-    printed = json.dumps({"rows": rows, "missing": {"dynamic": "needs a GPU"}})
+    printed = json.dumps({"rows": rows, "precision": precision, "missing": {"dynamic": "needs a GPU"}})
     outcome = run_step(python(f"print({printed!r})", read=gpu_check.read_rollouts), "cpu", 100)
     assert outcome.status == status, outcome.reason
     text = write_report(tmp_path, FACTS, [outcome], seconds=1.0, device="cuda")[0].read_text()
