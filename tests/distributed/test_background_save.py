@@ -72,6 +72,7 @@ def test_it_holds_the_weights_of_its_step_whatever_was_trained_meanwhile(models:
     assert all(torch.equal(weights_of(tmp_path / "waited")[name], weight) for name, weight in weights_of(tmp_path / "beside").items())
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_it_is_written(models: Path, pool: RankPool, tmp_path: Path) -> None:
     ((status, seen), _) = pool.run(with_slow_disk, run_job, config_of(models, steps=12, every=10, pipeline=2), tmp_path / "run", world_size=2)
     assert status == "finished"

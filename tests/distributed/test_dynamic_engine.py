@@ -171,7 +171,7 @@ def _graphed(folder: Path, layout: ParallelLayout, slots: int) -> tuple[list[Res
     return _both(folder, layout, PROMPTS * 2, slots=slots, graphed=True)
 
 
-@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3, 9, pytest.param(17, marks=pytest.mark.slow), 24])
+@pytest.mark.parametrize("slots", [9, 24, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (1, 3, 17))])
 def test_steps_padded_to_the_sizes_of_graphs_write_the_same(folders: dict[str, Path], pool: RankPool, slots: int) -> None:
     _assert_equal(pool.run(_graphed, folders["dense"], ParallelLayout(tensor=2), slots, world_size=2))
 

@@ -107,7 +107,7 @@ COPIES = {
     "a mixture, EP2xPP2 writes as EP4": ({"expert": 2, "pipeline": 2}, {"expert": 4}),
     "a mixture, EP2xETP2 writes as TP2": ({"expert": 2, "expert_tensor": 2}, {"tensor": 2}),
 }
-SLOW = {"DP4 writes as TP2xPP2", "PP2xVPP2xDP2 writes as TP2xDP2", "a mixture, EP2xETP2 writes as TP2", "PP2", "DP2", "TP2, few pages"}
+SLOW = {"DP4 writes as TP2xPP2", "PP2xVPP2xDP2 writes as TP2xDP2", "a mixture, EP2xETP2 writes as TP2", "PP2", "DP2", "PP2xDP2, few slots", "TP2, few pages"}
 
 
 def with_marks(names: Iterable[str]) -> list[Any]:

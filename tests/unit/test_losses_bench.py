@@ -27,6 +27,7 @@ def test_quick_ends_with_one_json_object_that_holds_every_row():
     assert report["environment"]["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_a_row_has_its_ratio_to_the_four_products_of_the_same_problem():
     run = bench("--quick", "--json", "--functions", "products", "fused", "--hidden", "64")
     assert run.returncode == 0, run.stderr

@@ -14,6 +14,7 @@ def bench(*arguments):
     return subprocess.run([sys.executable, "tools/bench_selection.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_quick_compares_both_forms_at_both_levels():
     run = bench("--quick", "--json")
     assert run.returncode == 0, run.stderr
