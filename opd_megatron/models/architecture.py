@@ -146,6 +146,6 @@ class Architecture:
             )
 
 
-def parts_of(modules: Sequence[str], *, has_experts: bool) -> list[str]:
+def present_modules(modules: Sequence[str], *, has_experts: bool) -> list[str]:
     """Return those modules that a model has; Megatron-Core refuses to be asked for parts of experts that are not there."""
     return [module for module in modules if has_experts or module not in ("moe", "moe_act")]

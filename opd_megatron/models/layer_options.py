@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from opd_megatron.config import ParallelLayout, TrainingConfig
-from opd_megatron.models.architecture import Architecture, parts_of
+from opd_megatron.models.architecture import Architecture, present_modules
 from opd_megatron.packages import Package, probe
 
 # The first and last compute capability on which Transformer Engine has a scaling's products: of one scale a tensor since Ada, of one for 128 numbers since
@@ -55,7 +55,7 @@ class LayerOptions:
         if self.recompute == "full":
             settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         elif self.recompute == "selective":
-            settings |= {"recompute_granularity": "selective", "recompute_modules": parts_of(self.recompute_modules, has_experts=has_experts)}
+            settings |= {"recompute_granularity": "selective", "recompute_modules": present_modules(self.recompute_modules, has_experts=has_experts)}
         return settings
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from opd_megatron.models.architecture import parts_of
+from opd_megatron.models.architecture import present_modules
 from opd_megatron.models.gpt import DTYPES
 from opd_megatron.models.paging import BLOCK_TOKENS
 from opd_megatron.models.weight_map import weight_map
@@ -138,7 +138,7 @@ def _training(rank: PlannedRank, student: PlannedModel, shape: StepShape) -> lis
         again=again,
     )
     layers = f"{num_layers} layers" + (f" of a chunk, {layout.virtual} chunks" if layout.virtual > 1 else "")
-    parts = ", ".join(parts_of(again, has_experts=architecture.experts is not None))
+    parts = ", ".join(present_modules(again, has_experts=architecture.experts is not None))
     kept = {"full": "inputs of layers only", "selective": f"of {parts} inputs only", "none": "all that a backward needs"}[recompute]
     why = f"{flight} micro-batch{'es' if flight > 1 else ''} in flight x {shape.micro_batch_tokens:,} tokens x {layers}; recompute={recompute}: {kept}"
     terms = [Term(name="activations", phase="train", num_bytes=flight * one, why=why)]

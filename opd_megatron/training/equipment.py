@@ -13,7 +13,7 @@ import torch
 
 from opd_megatron.config import ParallelLayout, RunConfig
 from opd_megatron.losses.triton_divergence import HAS_TRITON
-from opd_megatron.models.architecture import Architecture, parts_of
+from opd_megatron.models.architecture import Architecture, present_modules
 from opd_megatron.models.layer_options import LayerOptions, layers_here, own_attention_reason
 from opd_megatron.packages import probe, probe_all
 from opd_megatron.parallel.world import agreed_by_rank_0, shared_errors
@@ -79,7 +79,7 @@ def _attention(options: LayerOptions, precision: Literal["bf16", "fp32"], archit
 
 
 def _again(options: LayerOptions, student: Architecture) -> str:
-    modules = parts_of(options.recompute_modules, has_experts=student.experts is not None)
+    modules = present_modules(options.recompute_modules, has_experts=student.experts is not None)
     return {"none": "", "full": ", computed again in the backward", "selective": f", of which {' and '.join(modules)} again in the backward"}[options.recompute]
 
 

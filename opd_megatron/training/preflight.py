@@ -15,7 +15,7 @@ from opd_megatron.config.tracking import refuse_secrets
 from opd_megatron.data.sources import check_source
 from opd_megatron.data.templates import check_templates
 from opd_megatron.models.allocation import check_modules
-from opd_megatron.models.architecture import Architecture, parts_of
+from opd_megatron.models.architecture import Architecture, present_modules
 from opd_megatron.models.hf_folder import open_hf_folder, read_architecture
 from opd_megatron.models.limits import check_length
 from opd_megatron.models.paging import check_budget, model_block_bytes, why_not_paged
@@ -117,7 +117,7 @@ def check_engine(config: RunConfig, student: Architecture) -> None:
 def check_recomputation(training: TrainingConfig, student: Architecture) -> None:
     """Raise ValueError where the modules that are to be computed again are none of the student's."""
     modules = training.recomputed_modules
-    if modules and not parts_of(modules, has_experts=student.experts is not None):
+    if modules and not present_modules(modules, has_experts=student.experts is not None):
         raise ValueError(f"training.recompute_modules={','.join(modules)} are parts of experts, and the student has none; add mlp or core_attn")
 
 

@@ -21,8 +21,8 @@ def _needs_a_gpu() -> None:
 
 
 @pytest.fixture
-def figure(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Keep a figure for the report of tools/gpu_check.py, which reads it from pytest's XML: `figure(name, value, bar)`, and assert that it is below the bar."""
+def assert_figure(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Keep a figure for the report of tools/gpu_check.py, which reads it from pytest's XML: `assert_figure(name, value, bar)` fails above the bar."""
 
     def keep(name: str, value: float, bar: float) -> None:
         record_property("figure", json.dumps({"name": name, "value": value, "bar": bar}))

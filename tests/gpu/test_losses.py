@@ -58,14 +58,14 @@ def _exact(case: dict[str, Any], dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_value_and_gradients_are_those_of_fp64(figure: Callable[..., None], name: str, dtype: torch.dtype) -> None:
+def test_value_and_gradients_are_those_of_fp64(assert_figure: Callable[..., None], name: str, dtype: torch.dtype) -> None:
     ours, exact = _gradients(DEVICE, KINDS[name], dtype), _exact(KINDS[name], dtype)
     worst = max(relative_error(value, reference) for value, reference in zip(ours, exact, strict=True))
-    figure(f"loss {name}, gradients against fp64, {dtype}".replace("torch.", ""), worst, TOLERANCE[dtype])
+    assert_figure(f"loss {name}, gradients against fp64, {dtype}".replace("torch.", ""), worst, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jsd clipped", "skew_reverse"])
-def test_kernels_give_what_the_torch_form_gives(figure: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_kernels_give_what_the_torch_form_gives(assert_figure: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if DEVICE == "cuda" and not triton_divergence.HAS_TRITON:
         pytest.skip("needs triton, which comes with torch for CUDA")
     if DEVICE == "cpu":
@@ -75,7 +75,7 @@ def test_kernels_give_what_the_torch_form_gives(figure: Callable[..., None], mon
         monkeypatch.setattr(triton_divergence, "usable_for", lambda _logits, on=on: on)
         results[on] = _gradients(DEVICE, KINDS[name], torch.float32)
     worst = max(relative_error(value, reference) for value, reference in zip(results[True], results[False], strict=True))
-    figure(f"loss {name}, Triton kernels against torch", worst, TOLERANCE[torch.float32])
+    assert_figure(f"loss {name}, Triton kernels against torch", worst, TOLERANCE[torch.float32])
 
 
 def _sharded(device: torch.device) -> dict[str, list[torch.Tensor]]:
@@ -85,7 +85,7 @@ def _sharded(device: torch.device) -> dict[str, list[torch.Tensor]]:
     return {name: _gradients(device, case, torch.float32, rank, size, dist.group.WORLD) for name, case in KINDS.items()}
 
 
-def test_two_tensor_ranks_give_what_one_gives(figure: Callable[..., None]) -> None:
+def test_two_tensor_ranks_give_what_one_gives(assert_figure: Callable[..., None]) -> None:
     """Over NCCL where there are two GPUs; else over gloo, sharing one."""
     ranks = on_ranks(_sharded, num_ranks=2)
     for name, case in KINDS.items():
@@ -93,4 +93,4 @@ def test_two_tensor_ranks_give_what_one_gives(figure: Callable[..., None]) -> No
         hidden = ranks[0][name][1] + ranks[1][name][1]
         head = torch.cat([ranks[0][name][2], ranks[1][name][2]])
         worst = max(relative_error(value, reference) for value, reference in zip((ranks[0][name][0], hidden, head), exact, strict=True))
-        figure(f"loss {name}, TP2 against fp64", worst, TOLERANCE[torch.float32])
+        assert_figure(f"loss {name}, TP2 against fp64", worst, TOLERANCE[torch.float32])

@@ -93,24 +93,24 @@ def _joined(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_the_cpu(figure: Callable[..., None], compared: dict[str, Compared], family: str, precision: str) -> None:
+def test_logits_and_gradients_are_those_of_the_cpu(assert_figure: Callable[..., None], compared: dict[str, Compared], family: str, precision: str) -> None:
     if precision == "bf16" and family == "qwen3_moe":
         pytest.skip("needs fp32: one rounding of bf16 may send a token to another expert")
     ours, expected, by_cpu = (measured[family] for measured in compared[precision][1:])
     bar = FP32_BAR if precision == "fp32" else BF16_BAR
     title = f"{precision} on {DEVICE} against fp32 on the CPU"
-    figure(f"{family} logits, {title}", relative_error(ours["logits"], expected["logits"]), bar)
+    assert_figure(f"{family} logits, {title}", relative_error(ours["logits"], expected["logits"]), bar)
     assert ours["gradients"].keys() == expected["gradients"].keys()
     exact = _joined(expected["gradients"])
     # A backward rounds as often again: where the CPU's own bf16 is near the bar, the GPU's may be half as far again.
     widest = 1.5 * relative_error(_joined(by_cpu["gradients"]), exact) if precision == "bf16" else 0.0
-    figure(f"{family} gradients, {title}", relative_error(_joined(ours["gradients"]), exact), max(bar, widest))
+    assert_figure(f"{family} gradients, {title}", relative_error(_joined(ours["gradients"]), exact), max(bar, widest))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_is_that_of_the_cpu(figure: Callable[..., None], compared: dict[str, Compared], family: str) -> None:
+def test_greedy_text_is_that_of_the_cpu(assert_figure: Callable[..., None], compared: dict[str, Compared], family: str) -> None:
     """In fp32: of random weights two logits often lie within a rounding of bf16."""
     _, ours, reference, _ = compared["fp32"]
     pairs = [(one, two) for ours_row, row in zip(ours[family]["text"], reference[family]["text"], strict=True) for one, two in zip(ours_row, row, strict=True)]
     assert len(pairs) == _BATCH * _NEW
-    figure(f"{family} greedy text, share of tokens that differ from the CPU's", sum(one != two for one, two in pairs) / len(pairs), 0.0)
+    assert_figure(f"{family} greedy text, share of tokens that differ from the CPU's", sum(one != two for one, two in pairs) / len(pairs), 0.0)

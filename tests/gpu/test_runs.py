@@ -82,29 +82,29 @@ def alone(models: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_a_run_has_the_losses_of_the_cpu(figure: Callable[..., None], recorded: Path, alone: Path) -> None:
+def test_a_run_has_the_losses_of_the_cpu(assert_figure: Callable[..., None], recorded: Path, alone: Path) -> None:
     for key in ("loss", "grad_norm"):
-        figure(f"run, {key} against the CPU", difference(alone / "fp32", recorded / "dense", key), FP32_BAR)
+        assert_figure(f"run, {key} against the CPU", difference(alone / "fp32", recorded / "dense", key), FP32_BAR)
 
 
-def test_a_run_in_bf16_has_the_losses_of_the_cpu_in_fp32(figure: Callable[..., None], recorded: Path, alone: Path) -> None:
-    figure("run in bf16, loss against the CPU in fp32", difference(alone / "bf16", recorded / "dense", "loss"), BF16_BAR)
+def test_a_run_in_bf16_has_the_losses_of_the_cpu_in_fp32(assert_figure: Callable[..., None], recorded: Path, alone: Path) -> None:
+    assert_figure("run in bf16, loss against the CPU in fp32", difference(alone / "bf16", recorded / "dense", "loss"), BF16_BAR)
 
 
-def test_four_ranks_have_the_losses_of_the_cpu(figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path) -> None:
+def test_four_ranks_have_the_losses_of_the_cpu(assert_figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path) -> None:
     """Student TP2 x PP2 with sequence parallelism, teacher in two stages."""
     config = with_teacher(small_config(models, tensor=2, pipeline=2, sequence=True), pipeline=2)
     lines = on_ranks(run_on, (replaying(config, recorded / "dense"), tmp_path / "run"), num_ranks=4)
     if DEVICE == "cuda":
         assert ("NCCL" in lines[0]) == (torch.cuda.device_count() >= 4), lines[0]
     for key in ("loss", "grad_norm"):
-        figure(f"run in TP2xPP2+SP, teacher PP2, {key} against the CPU", difference(tmp_path / "run", recorded / "dense", key), FP32_BAR)
+        assert_figure(f"run in TP2xPP2+SP, teacher PP2, {key} against the CPU", difference(tmp_path / "run", recorded / "dense", key), FP32_BAR)
 
 
-def test_experts_spread_over_two_ranks_have_the_losses_of_the_cpu(figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path) -> None:
+def test_experts_spread_over_two_ranks_have_the_losses_of_the_cpu(assert_figure: Callable[..., None], models: Path, recorded: Path, tmp_path: Path) -> None:
     on_ranks(run_on, (replaying(of_experts(models, expert=2), recorded / "experts"), tmp_path / "run"), num_ranks=2)
     for key in ("loss", "grad_norm"):
-        figure(f"run of experts in EP2, {key} against the CPU", difference(tmp_path / "run", recorded / "experts", key), FP32_BAR)
+        assert_figure(f"run of experts in EP2, {key} against the CPU", difference(tmp_path / "run", recorded / "experts", key), FP32_BAR)
 
 
 def test_a_resumed_run_and_one_that_offloads_end_with_the_same_bits(models: Path, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_resumed_run_and_one_that_offloads_end_with_the_same_bits(models: Path
 
 
 def test_layers_of_transformer_engine_have_the_losses_of_the_local_ones(
-    figure: Callable[..., None], record_property: Callable[[str, object], None], models: Path, recorded: Path, tmp_path: Path
+    assert_figure: Callable[..., None], record_property: Callable[[str, object], None], models: Path, recorded: Path, tmp_path: Path
 ) -> None:
     """Also keeps the median time of a step with either, of these tiny models: tools/bench_step.py has those of large ones."""
     engine = probe("transformer_engine")
@@ -139,4 +139,4 @@ def test_layers_of_transformer_engine_have_the_losses_of_the_local_ones(
     for precision, bar in (("fp32", BF16_BAR), ("bf16", BF16_BAR)):
         for key in ("loss", "grad_norm"):
             found = difference(tmp_path / f"te-{precision}", tmp_path / f"local-{precision}", key)
-            figure(f"run with te against local layers, {key} in {precision}", found, bar)
+            assert_figure(f"run with te against local layers, {key} in {precision}", found, bar)
